@@ -1,0 +1,184 @@
+// Bundles: structs of views whose size, placement, names and checks come from one description.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "steelyard/core/status.hpp"
+#include "steelyard/core/view.hpp"
+
+namespace steelyard {
+
+// A *bundle* is a struct of views with one member function template that describes it:
+//
+//     template <class T> struct LinearParams {
+//         view<T, 2> weight;  // [E, d]
+//         template <class Field> void fields(Field&& field, const Dims& dims) {
+//             field("weight", weight, dims.experts, dims.width);
+//         }
+//     };
+//
+// From that description come its size in bytes, its placement in a block of memory, the check of a
+// bundle that a caller filled in, and the list of its tensors. Size and layout cannot disagree.
+// A nested bundle is described by `field.group("name", sub_bundle, dims...)`.
+
+/// Every tensor of a bundle begins at a multiple of this many bytes from the block's start.
+inline constexpr index_t layout_alignment = 64;
+
+/// A block that a bundle is placed in should itself be aligned to `layout_alignment`.
+[[nodiscard]] inline bool is_aligned(const void* pointer) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<std::uintptr_t>(layout_alignment) == 0;
+}
+
+namespace detail {
+
+constexpr index_t align_up(index_t bytes) {
+    return (bytes + layout_alignment - 1) / layout_alignment * layout_alignment;
+}
+
+/// Adds up the bytes and, with a base, sets the pointers.
+struct Placement {
+    std::byte* base = nullptr;
+    index_t bytes = 0;
+
+    template <class T, int Rank, class Space, class... Extents>
+    void operator()(std::string_view, view<T, Rank, Space>& tensor, Extents... extents) {
+        auto* at = base == nullptr ? nullptr : base + bytes;
+        tensor = view<T, Rank, Space>(reinterpret_cast<T*>(at), extents...);
+        bytes += align_up(tensor.size() * static_cast<index_t>(sizeof(T)));
+    }
+
+    template <class Bundle, class... Dims>
+    void group(std::string_view, Bundle& bundle, const Dims&... dims) {
+        bundle.fields(*this, dims...);
+    }
+};
+
+/// Calls `visit(name, view)` for each tensor, with the full name "group.leaf".
+template <class Visit>
+struct Listing {
+    Visit& visit;
+    std::string prefix;
+
+    template <class T, int Rank, class Space, class... Extents>
+    void operator()(std::string_view name, view<T, Rank, Space>& tensor, Extents...) {
+        visit(prefix + std::string(name), tensor);
+    }
+
+    template <class Bundle, class... Dims>
+    void group(std::string_view name, Bundle& bundle, const Dims&... dims) {
+        Listing<Visit> inner{visit, name.empty() ? prefix : prefix + std::string(name) + "."};
+        bundle.fields(inner, dims...);
+    }
+};
+
+inline std::string extents_text(const index_t* extents, int rank) {
+    std::string text = "[";
+    for (int r = 0; r < rank; ++r) text += (r ? ", " : "") + std::to_string(extents[r]);
+    return text + "]";
+}
+
+}  // namespace detail
+
+/// Refuses a view that is absent, has other extents than expected, or whose rows are not contiguous.
+template <class T, int Rank, class Space, class... Extents>
+Status check_view(std::string_view stage, std::string_view name, const view<T, Rank, Space>& tensor,
+                  Extents... extents) {
+    static_assert(sizeof...(Extents) == Rank, "steelyard: check_view takes one extent for each dimension");
+    const index_t expected[] = {static_cast<index_t>(extents)...};
+    bool same = true, overlapping = false;
+    index_t row = 1;
+    for (int r = Rank - 1; r >= 0; --r) {
+        same = same && tensor.extents[r] == expected[r];
+        overlapping = overlapping || (tensor.extents[r] > 1 && tensor.strides[r] < row);
+        row = tensor.strides[r] * tensor.extents[r];
+    }
+    if (!same)
+        return Status::refuse(Code::invalid_argument, stage, name, detail::extents_text(expected, Rank),
+                              detail::extents_text(tensor.extents, Rank));
+    if (!tensor.present() && tensor.size() != 0)
+        return Status::refuse(Code::invalid_argument, stage, name,
+                              "a tensor of " + detail::extents_text(expected, Rank), "a null pointer");
+    if (tensor.size() != 0 && (overlapping || !tensor.contiguous_rows()))
+        return Status::refuse(Code::invalid_argument, stage, name, "contiguous rows that do not overlap",
+                              "strides " + detail::extents_text(tensor.strides, Rank));
+    return {};
+}
+
+namespace detail {
+
+/// Checks every tensor of a bundle; keeps the first refusal.
+struct Check {
+    std::string_view stage;
+    std::string_view prefix;
+    Status status;
+
+    template <class T, int Rank, class Space, class... Extents>
+    void operator()(std::string_view name, view<T, Rank, Space>& tensor, Extents... extents) {
+        if (!status) return;
+        Status found = check_view(stage, name, tensor, extents...);
+        if (found) return;
+        const std::string full = prefix.empty() ? std::string(name) : std::string(prefix) + "." + std::string(name);
+        status = Status::refuse(found.code(), stage, full, found.expected(), found.came());
+    }
+
+    template <class Bundle, class... Dims>
+    void group(std::string_view name, Bundle& bundle, const Dims&... dims) {
+        Check inner{stage, name.empty() ? prefix : name, {}};
+        bundle.fields(inner, dims...);
+        if (status && !inner.status) status = std::move(inner.status);
+    }
+};
+
+}  // namespace detail
+
+/// Bytes that `place<Bundle>` needs for these dimensions. Pure.
+template <class Bundle, class... Dims>
+[[nodiscard]] index_t bytes_of(const Dims&... dims) {
+    Bundle bundle;
+    detail::Placement placement;
+    bundle.fields(placement, dims...);
+    return placement.bytes;
+}
+
+/// The bundle laid out from the start of `block`, which holds at least `bytes_of<Bundle>(dims...)`.
+template <class Bundle, class... Dims>
+[[nodiscard]] Bundle place(std::byte* block, const Dims&... dims) {
+    Bundle bundle;
+    detail::Placement placement{block};
+    bundle.fields(placement, dims...);
+    return bundle;
+}
+
+/// Checks each tensor of a bundle that the caller filled in.
+template <class Bundle, class... Dims>
+Status check_bundle(std::string_view stage, std::string_view group, Bundle bundle, const Dims&... dims) {
+    detail::Check check{stage, group, {}};
+    bundle.fields(check, dims...);
+    return std::move(check.status);
+}
+
+/// Refuses a block of memory that is null, misaligned or too small.
+inline Status check_block(std::string_view stage, std::string_view name, std::span<const std::byte> block,
+                          index_t bytes) {
+    if (static_cast<index_t>(block.size()) < bytes)
+        return Status::refuse(Code::invalid_argument, stage, name, "at least " + std::to_string(bytes) + " bytes",
+                              std::to_string(block.size()));
+    if (bytes != 0 && !is_aligned(block.data()))
+        return Status::refuse(Code::invalid_argument, stage, name,
+                              "memory aligned to " + std::to_string(layout_alignment) + " bytes", "a misaligned pointer");
+    return {};
+}
+
+/// Calls `visit(std::string name, view)` for each tensor of a bundle, in order.
+template <class Bundle, class Visit, class... Dims>
+void for_each_tensor(Bundle& bundle, Visit&& visit, const Dims&... dims) {
+    detail::Listing<Visit> listing{visit, {}};
+    bundle.fields(listing, dims...);
+}
+
+}  // namespace steelyard
