@@ -1,0 +1,18 @@
+// The CPU device: one explicit number of threads.
+#pragma once
+
+#include "steelyard/core/view.hpp"
+
+namespace steelyard {
+
+/// Host memory and host threads. Results are bit-identical for any number of threads.
+///
+/// Threads come from OpenMP where the program is compiled with it; otherwise every call is serial.
+struct Cpu {
+    using space = HostSpace;
+    int threads = 1;
+
+    friend bool operator==(const Cpu&, const Cpu&) = default;
+};
+
+}  // namespace steelyard

@@ -1,0 +1,71 @@
+// What a device does for routers. Routers are values; every kernel they need is declared here.
+#pragma once
+
+#include <cstdint>
+
+#include "steelyard/core/random.hpp"
+#include "steelyard/core/routing.hpp"
+
+namespace steelyard {
+
+/// s = softmax(z) over all experts, or s = sigmoid(z) for each expert alone.
+enum class Score { softmax, sigmoid };
+
+/// Combine weights of the chosen experts: their scores as they are, or divided by their sum.
+///
+/// `renormalized` with `Score::softmax` is the softmax over the chosen logits, so "softmax after
+/// selection" and "softmax, select, renormalise" are one rule, not two.
+enum class GateWeight { score, renormalized };
+
+/// How a group of experts is ranked in group-limited selection: its best expert (DeepSeek-V2), or the
+/// sum of its two best (DeepSeek-V3). Both see the selection bias.
+enum class GroupScore { max, top2_sum };
+
+/// Everything that turns a row of logits into choices and weights.
+struct SelectionRule {
+    int top_k = 1;
+    Score score = Score::softmax;
+    GateWeight weight = GateWeight::score;
+    double scale = 1.0;    ///< routed scaling factor: multiplies the weights
+    int groups = 1;        ///< n_group: experts in equal contiguous groups
+    int kept_groups = 1;   ///< topk_group: only experts of the best groups may be chosen
+    GroupScore group_score = GroupScore::max;
+
+    friend bool operator==(const SelectionRule&, const SelectionRule&) = default;
+};
+
+/// Noise on the router's input and output, a pure function of the token's position in the step.
+struct RouterNoise {
+    double jitter = 0.0;  ///< inputs times uniform(1 - jitter, 1 + jitter), element by element (Switch)
+    double noise = 0.0;   ///< logits plus noise * N(0, 1)
+    std::uint64_t seed = 0;
+    StepInfo step;
+    std::uint32_t layer = 0;
+
+    [[nodiscard]] bool active() const { return jitter != 0.0 || noise != 0.0; }
+    [[nodiscard]] Philox jitter_stream() const {
+        return {seed, Stream::jitter, static_cast<std::uint64_t>(step.step), layer};
+    }
+    [[nodiscard]] Philox noise_stream() const {
+        return {seed, Stream::noise, static_cast<std::uint64_t>(step.step), layer};
+    }
+};
+
+/// Router kernels of a device. Specialised in the device's own folder; a specialisation provides, for
+/// T in {float, double}, as static functions (all results independent of the number of threads):
+///
+///  index_t scratch_bytes<T>(device, shape)
+///      bytes of `scratch` that the calls below need.
+///  void logits<T>(device, x[T,d], weight[E,d], noise, logits[T,E] (=), scratch)
+///      logits = (x * jitter) weight^T + noise * N(0,1).
+///  index_t select<T>(device, rule, bias[E] or absent, mask or absent, routing (logits in; rest =))
+///      Chooses the top_k of s + bias (in allowed groups), value descending, then index ascending. The
+///      bias never enters the weights. Masked tokens: expert -1, weight 0, probs 0. Returns the first valid
+///      token whose logits are not all finite, or -1; such a row still gets distinct experts (a NaN ranks last).
+///  void select_backward<T>(device, rule, mask, routing, grad (weight, probs in; logits +=))
+///      dlogits += d(weights)/dlogits . dweight + d(probs)/dlogits . dprobs. Masked rows get 0.
+///  void logits_backward<T>(device, x, weight, noise, dlogits[T,E], dx[T,d] (+=), dweight[E,d] (+=), scratch)
+template <class Device>
+struct router_ops;
+
+}  // namespace steelyard
