@@ -1,0 +1,33 @@
+// Threads of the CPU device: independent tasks, handed out as threads become free.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "steelyard/cpu/device.hpp"
+
+namespace steelyard::cpu {
+
+/// Calls `body(index_t task, int thread)` once for each task in [0, tasks); `thread` is in
+/// [0, device.threads) and no two calls run on the same `thread` at the same time, so it may index scratch.
+///
+/// Which thread takes which task changes from run to run. Results are the same for any number of threads when
+/// a task writes only what no other task reads or writes, and its arithmetic does not depend on `thread`.
+/// A task should be worth some microseconds: group small items. `body` must not throw. Serial when there is at
+/// most one task or one thread, or when the program is compiled without OpenMP.
+template <class F>
+void parallel_for(const Cpu& device, index_t tasks, F&& body) {
+#ifdef _OPENMP
+    if (tasks > 1 && device.threads > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(device.threads)
+        for (index_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+        return;
+    }
+#else
+    (void)device;
+#endif
+    for (index_t task = 0; task < tasks; ++task) body(task, 0);
+}
+
+}  // namespace steelyard::cpu
