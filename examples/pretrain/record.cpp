@@ -1,0 +1,242 @@
+#include "record.hpp"
+
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <sstream>
+
+namespace pretrain {
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+constexpr int format_version = 1;
+constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
+
+template <class T>
+concept HasFields = requires(T& value) { value.fields([](const char*, auto&) {}); };
+
+// One conversion each way. Every struct is described by its own `fields`; JSON knows no infinities and no
+// NaN, so these are written as strings, and a diverged run keeps its record.
+
+Json encode(double value) {
+    if (std::isfinite(value)) return value;
+    return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+}
+Json encode(Strategy value) { return name_of(value); }
+Json encode(CommKind value) { return name_of(value); }
+Json encode(const std::string& value) { return value; }
+template <std::integral T>
+Json encode(T value) {
+    return value;
+}
+template <class T>
+Json encode(const std::vector<T>& values);
+template <HasFields T>
+Json encode(T value) {
+    Json object = Json::object();
+    value.fields([&](const char* name, auto& field) { object[name] = encode(field); });
+    return object;
+}
+template <class T>
+Json encode(const std::vector<T>& values) {
+    Json array = Json::array();
+    for (const T& value : values) array.push_back(encode(value));
+    return array;
+}
+
+void decode(const Json& json, double& value) {
+    if (!json.is_string()) return void(value = json.get<double>());
+    const auto text = json.get<std::string>();
+    value = text == "inf" ? std::numeric_limits<double>::infinity()
+            : text == "-inf" ? -std::numeric_limits<double>::infinity() : nan_value;
+}
+void decode(const Json& json, Strategy& value) { value = strategy_named(json.get<std::string>()); }
+void decode(const Json& json, CommKind& value) { value = comm_named(json.get<std::string>()); }
+void decode(const Json& json, std::string& value) { value = json.get<std::string>(); }
+template <std::integral T>
+void decode(const Json& json, T& value) {
+    value = json.get<T>();
+}
+template <class T>
+void decode(const Json& json, std::vector<T>& values);
+template <HasFields T>
+void decode(const Json& json, T& value) {
+    value.fields([&](const char* name, auto& field) { decode(json.at(name), field); });
+}
+template <class T>
+void decode(const Json& json, std::vector<T>& values) {
+    values.assign(json.size(), T{});
+    for (std::size_t i = 0; i < values.size(); ++i) decode(json.at(i), values[i]);
+}
+
+Json encode_summary(const RunRecord& run) {
+    const Summary s = summarise(run);
+    Json perplexity = Json::object();
+    for (std::size_t d = 0; d < s.perplexity.size(); ++d) perplexity[run.domains[d]] = encode(s.perplexity[d]);
+    return {{"strategy", name_of(run.strategy)},
+            {"balance_bsz", balance_bsz(run.settings, run.strategy)},
+            {"seed", run.settings.seed},
+            {"tokens", s.tokens},
+            {"perplexity", std::move(perplexity)},
+            {"geometric_perplexity", encode(s.geometric_perplexity)},
+            {"final_loss", encode(s.final_loss)},
+            {"max_vio_micro", encode(s.max_vio_micro)},
+            {"max_vio_global", encode(s.max_vio_global)},
+            {"mutual_information", encode(s.information)},
+            {"largest_share", encode(s.share)},
+            {"tokens_per_second", encode(s.tokens_per_second)}};
+}
+
+/// Numbers side by side on one line, so that a person can read the file and a diff stays small.
+std::string pretty(const Json& json, int depth = 0) {
+    const std::string indent(static_cast<std::size_t>(depth + 1) * 2, ' '), outer(static_cast<std::size_t>(depth) * 2, ' ');
+    if (json.is_object() && !json.empty()) {
+        std::string text = "{\n";
+        for (auto it = json.begin(); it != json.end(); ++it)
+            text += (it == json.begin() ? "" : ",\n") + indent + Json(it.key()).dump() + ": " + pretty(*it, depth + 1);
+        return text + "\n" + outer + "}";
+    }
+    if (json.is_array() && !json.empty() && (json[0].is_object() || json[0].is_array())) {
+        std::string text = "[\n";
+        for (std::size_t i = 0; i < json.size(); ++i)
+            text += (i ? ",\n" : "") + indent + pretty(json[i], depth + 1);
+        return text + "\n" + outer + "]";
+    }
+    return json.dump();
+}
+
+/// Share of each expert within each domain; a domain without tokens has no column.
+std::vector<std::vector<double>> shares_by_domain(const std::vector<std::vector<std::int64_t>>& counts) {
+    const std::size_t domains = counts.empty() ? 0 : counts[0].size();
+    std::vector<std::vector<double>> shares;  // [domain][expert]
+    for (std::size_t d = 0; d < domains; ++d) {
+        double total = 0;
+        for (const auto& expert : counts) total += static_cast<double>(expert[d]);
+        if (total == 0) continue;
+        std::vector<double> share;
+        for (const auto& expert : counts) share.push_back(static_cast<double>(expert[d]) / total);
+        shares.push_back(std::move(share));
+    }
+    return shares;
+}
+
+double mean(const std::vector<double>& values) {
+    return values.empty() ? nan_value
+                          : std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+/// Mean over layers and over the steps from `from` on.
+double mean_from(const std::vector<std::vector<double>>& series, std::size_t from) {
+    std::vector<double> all;
+    for (std::size_t i = from; i < series.size(); ++i) all.insert(all.end(), series[i].begin(), series[i].end());
+    return mean(all);
+}
+
+}  // namespace
+
+double DomainLoss::perplexity() const { return std::exp(loss); }
+
+double mutual_information(const std::vector<std::vector<std::int64_t>>& counts) {
+    const auto shares = shares_by_domain(counts);
+    double information = 0;
+    for (std::size_t e = 0; e < counts.size(); ++e) {
+        double marginal = 0;
+        for (const auto& domain : shares) marginal += domain[e] / static_cast<double>(shares.size());
+        for (const auto& domain : shares)
+            if (domain[e] > 0) information += domain[e] * std::log(domain[e] / marginal) / static_cast<double>(shares.size());
+    }
+    return information;
+}
+
+double largest_share(const std::vector<std::vector<std::int64_t>>& counts) {
+    double largest = 0;
+    for (const auto& domain : shares_by_domain(counts))
+        for (const double share : domain) largest = std::max(largest, share);
+    return largest;
+}
+
+Summary summarise(const RunRecord& run) {
+    Summary s;
+    const auto steps = static_cast<std::size_t>(run.series.size());
+    s.tokens = run.series.size() * run.settings.tokens_per_step();
+    s.geometric_perplexity = nan_value;
+    if (!run.evaluations.empty()) {
+        const Evaluation& last = run.evaluations.back();
+        std::vector<double> losses;
+        for (const DomainLoss& domain : last.domains) {
+            s.perplexity.push_back(domain.perplexity());
+            losses.push_back(domain.loss);
+        }
+        s.geometric_perplexity = std::exp(mean(losses));
+        for (const auto& layer : last.counts) {
+            s.information.push_back(mutual_information(layer));
+            s.share.push_back(largest_share(layer));
+        }
+    }
+    const std::size_t tail = steps - (steps + 9) / 10;
+    s.final_loss = mean({run.series.loss.begin() + static_cast<std::ptrdiff_t>(tail), run.series.loss.end()});
+    s.max_vio_micro = mean_from(run.series.max_vio_micro, steps / 2);
+    s.max_vio_global = mean_from(run.series.max_vio_global, steps / 2);
+    s.tokens_per_second = run.wall_seconds > 0 ? static_cast<double>(s.tokens) / run.wall_seconds : nan_value;
+    return s;
+}
+
+void truncate(RunRecord& run, std::int64_t step) {
+    std::size_t keep = 0;
+    while (keep < run.series.step.size() && run.series.step[keep] < step) ++keep;
+    run.series.fields([&](const char*, auto& values) { values.resize(std::min(values.size(), keep)); });
+    std::erase_if(run.loads, [&](const LoadSample& sample) { return sample.step >= step; });
+    // An evaluation after `step` steps belongs to what is kept.
+    std::erase_if(run.evaluations, [&](const Evaluation& evaluation) { return evaluation.step > step; });
+}
+
+std::string to_json(const RunRecord& record) { return pretty(encode(record)); }
+
+RunRecord record_from_json(const std::string& text) {
+    RunRecord record;
+    try {
+        decode(Json::parse(text), record);
+    } catch (const nlohmann::json::exception& error) {
+        throw UserError(std::string("this is not the record of a run: ") + error.what());
+    }
+    return record;
+}
+
+void write_results(const std::filesystem::path& path, const std::vector<RunRecord>& runs) {
+    Json file = {{"format", "steelyard pretrain results"}, {"version", format_version}};
+    file["summary"] = Json::array();
+    file["runs"] = Json::array();
+    for (const RunRecord& run : runs) {
+        file["summary"].push_back(encode_summary(run));
+        file["runs"].push_back(encode(run));
+    }
+    // Beside the old file and then over it: an interrupt leaves one of the two whole.
+    std::filesystem::path fresh = path;
+    fresh += ".new";
+    std::ofstream out(fresh, std::ios::binary);
+    out << pretty(file) << '\n';
+    out.close();
+    if (!out) throw UserError("'" + path.string() + "' cannot be written");
+    std::filesystem::rename(fresh, path);
+}
+
+std::vector<RunRecord> read_results(const std::filesystem::path& path) {
+    std::ifstream in(path, std::ios::binary);
+    if (!in) throw UserError("'" + path.string() + "' cannot be read");
+    std::vector<RunRecord> runs;
+    try {
+        const Json file = Json::parse(in);
+        if (const int version = file.at("version").get<int>(); version != format_version)
+            throw UserError("'" + path.string() + "' has version " + std::to_string(version) + ", but this program reads " +
+                            std::to_string(format_version));
+        decode(file.at("runs"), runs);
+    } catch (const nlohmann::json::exception& error) {
+        throw UserError("'" + path.string() + "' is not the result of a run: " + error.what());
+    }
+    return runs;
+}
+
+}  // namespace pretrain
