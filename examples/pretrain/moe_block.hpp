@@ -1,0 +1,75 @@
+// What the transformer asks of a mixture-of-experts block: one virtual call around a layer of the library, so
+// that the balance strategy, a compile-time choice there, is a run-time choice here.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "steelyard/core/routing.hpp"
+#include "steelyard/core/status.hpp"
+#include "steelyard/core/step.hpp"
+#include "steelyard/core/view.hpp"
+
+namespace pretrain {
+
+using steelyard::index_t;
+using steelyard::Status;
+using steelyard::view;
+
+/// One named tensor inside a block of parameters (or of gradients, or of moments: all have one layout).
+template <class T>
+struct Tensor {
+    std::string name;
+    T* data = nullptr;
+    std::vector<index_t> shape;
+
+    [[nodiscard]] index_t size() const {
+        index_t n = 1;
+        for (const index_t extent : shape) n *= extent;
+        return n;
+    }
+};
+
+/// Where a call stands in training, and how its tokens fall into sequences.
+struct BlockCall {
+    view<const index_t, 1> sequences;  // [S + 1] offsets, 0 .. T
+    steelyard::StepInfo step;
+    steelyard::Mode mode = steelyard::Mode::train;
+};
+
+/// A layer y = moe(x). It owns its context and its balance state; parameters, their gradients and the
+/// workspace are the transformer's.
+template <class T>
+class MoeBlock {
+public:
+    virtual ~MoeBlock() = default;
+
+    [[nodiscard]] virtual index_t param_bytes() const = 0;
+    [[nodiscard]] virtual index_t workspace_bytes() const = 0;
+    /// The tensors in a block of `param_bytes()` bytes.
+    [[nodiscard]] virtual std::vector<Tensor<T>> tensors(std::byte* params) const = 0;
+
+    /// Writes y (=).
+    virtual Status forward(view<const T, 2> x,                                   // [T, d]
+                           std::byte* params, view<T, 2> y,                      // [T, d]
+                           std::span<std::byte> workspace, const BlockCall& call) = 0;
+    /// Writes dx (=) and adds to the gradients (+=), the balance loss's part included.
+    virtual Status backward(view<const T, 2> x,                                  // [T, d]
+                            std::byte* params, view<const T, 2> dy,              // [T, d]
+                            view<T, 2> dx,                                       // [T, d]
+                            std::byte* grads, std::span<std::byte> workspace, const BlockCall& call) = 0;
+    /// Once after every optimizer step.
+    virtual Status end_step(const steelyard::StepInfo& step) = 0;
+
+    /// Of the last forward.
+    [[nodiscard]] virtual double balance_loss() const = 0;
+    [[nodiscard]] virtual view<const std::int64_t, 1> tokens_per_expert() const = 0;  // [E]
+    [[nodiscard]] virtual view<const steelyard::expert_t, 2> choices() const = 0;     // [T, K]
+
+    /// What balance remembers between steps: part of a checkpoint.
+    [[nodiscard]] virtual std::span<std::byte> state() = 0;
+};
+
+}  // namespace pretrain
