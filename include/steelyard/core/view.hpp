@@ -72,10 +72,10 @@ struct view {
         return data[offset];
     }
 
-    /// The sub-view at index `i` of the first dimension.
-    [[nodiscard]] constexpr auto operator[](index_t i) const {
+    /// The element (rank 1) or sub-view at index `i` of the first dimension.
+    [[nodiscard]] constexpr decltype(auto) operator[](index_t i) const {
         if constexpr (Rank == 1) {
-            return data[i * strides[0]];
+            return (data[i * strides[0]]);  // an element is returned by reference
         } else {
             view<T, Rank - 1, Space> sub;
             sub.data = data + i * strides[0];

@@ -1,6 +1,8 @@
 // What a device does for routers. Routers are values; every kernel they need is declared here.
 #pragma once
 
+#include <array>
+#include <cmath>
 #include <cstdint>
 
 #include "steelyard/core/random.hpp"
@@ -35,6 +37,9 @@ struct SelectionRule {
 };
 
 /// Noise on the router's input and output, a pure function of the token's position in the step.
+///
+/// One draw of the generator serves four neighbouring elements: element j of the token at `position`
+/// takes entry j % 4 of block j / 4, for every device.
 struct RouterNoise {
     double jitter = 0.0;  ///< inputs times uniform(1 - jitter, 1 + jitter), element by element (Switch)
     double noise = 0.0;   ///< logits plus noise * N(0, 1)
@@ -49,22 +54,62 @@ struct RouterNoise {
     [[nodiscard]] Philox noise_stream() const {
         return {seed, Stream::noise, static_cast<std::uint64_t>(step.step), layer};
     }
+
+    /// Position in the step's global batch of token t of this call.
+    [[nodiscard]] std::uint64_t position(index_t t) const { return static_cast<std::uint64_t>(step.token_offset + t); }
+
+    /// Blocks of four that a row of `elements` takes.
+    [[nodiscard]] static constexpr std::uint64_t blocks(index_t elements) {
+        return (static_cast<std::uint64_t>(elements) + 3) / 4;
+    }
+
+    /// The factors of inputs 4 * block to 4 * block + 3 of a token of `width` inputs.
+    [[nodiscard]] std::array<double, 4> jitter_factors(const Philox& stream, std::uint64_t position,
+                                                       std::uint64_t block, index_t width) const {
+        const auto words = stream.words(position * blocks(width) + block);
+        std::array<double, 4> factors{};
+        for (int i = 0; i < 4; ++i) {
+            const double unit = (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1)
+            factors[i] = 1.0 + jitter * (2.0 * unit - 1.0);
+        }
+        return factors;
+    }
+
+    /// What is added to logits 4 * block to 4 * block + 3 of a token of `experts` logits (Box and Muller).
+    [[nodiscard]] std::array<double, 4> logit_noise(const Philox& stream, std::uint64_t position, std::uint64_t block,
+                                                    index_t experts) const {
+        const auto words = stream.words(position * blocks(experts) + block);
+        std::array<double, 4> added{};
+        for (int i = 0; i < 4; i += 2) {
+            const double unit = (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1): the logarithm is finite
+            const double radius = noise * std::sqrt(-2.0 * std::log(unit));
+            const double angle = 6.283185307179586476925 * 0x1.0p-32 * static_cast<double>(words[i + 1]);
+            added[i] = radius * std::cos(angle);
+            added[i + 1] = radius * std::sin(angle);
+        }
+        return added;
+    }
 };
 
 /// Router kernels of a device. Specialised in the device's own folder; a specialisation provides, for
 /// T in {float, double}, as static functions (all results independent of the number of threads):
 ///
 ///  index_t scratch_bytes<T>(device, shape)
-///      bytes of `scratch` that the calls below need.
+///      bytes of `scratch` that the calls below need, aligned to `layout_alignment`.
 ///  void logits<T>(device, x[T,d], weight[E,d], noise, logits[T,E] (=), scratch)
 ///      logits = (x * jitter) weight^T + noise * N(0,1).
-///  index_t select<T>(device, rule, bias[E] or absent, mask or absent, routing (logits in; rest =))
+///  index_t select<T>(device, rule, bias[E] or absent, mask or absent, routing (logits in; rest =), scratch)
 ///      Chooses the top_k of s + bias (in allowed groups), value descending, then index ascending. The
 ///      bias never enters the weights. Masked tokens: expert -1, weight 0, probs 0. Returns the first valid
 ///      token whose logits are not all finite, or -1; such a row still gets distinct experts (a NaN ranks last).
-///  void select_backward<T>(device, rule, mask, routing, grad (weight, probs in; logits +=))
-///      dlogits += d(weights)/dlogits . dweight + d(probs)/dlogits . dprobs. Masked rows get 0.
-///  void logits_backward<T>(device, x, weight, noise, dlogits[T,E], dx[T,d] (+=), dweight[E,d] (+=), scratch)
+///      Without a bias the order is that of the logits themselves, so scores that underflow or saturate keep
+///      their order. With a bias, s + bias is rounded to T: scores closer than that rounding tie.
+///  void select_backward<T>(device, rule, mask, routing, grad (weight, probs in, either may be absent; logits +=))
+///      dlogits += d(weights)/dlogits . dweight + d(probs)/dlogits . dprobs. Masked rows of grad.logits are set
+///      to 0, whatever was in them.
+///  void logits_backward<T>(device, x, mask, weight, noise, dlogits[T,E], dx[T,d] (+=) or absent,
+///                          dweight[E,d] (+=) or absent, scratch)
+///      dlogits is 0 in masked rows; the masked rows of x are never read, so padding may hold anything.
 template <class Device>
 struct router_ops;
 

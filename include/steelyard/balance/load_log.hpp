@@ -1,0 +1,50 @@
+// What balance remembers of a step: the load of each micro-step, under its key.
+#pragma once
+
+#include <cstdint>
+
+#include "steelyard/core/shape.hpp"
+#include "steelyard/core/step.hpp"
+
+namespace steelyard {
+
+/// The loads of the micro-steps of one optimizer step, each kept under (step, micro_step).
+///
+/// Entering a micro-step twice changes nothing, so an activation recompute counts nothing twice and sees the
+/// load that the first pass saw. A new step needs no reset: slots of other steps do not match the key.
+template <class Space = HostSpace>
+struct LoadLog {
+    view<std::int64_t, 1, Space> step;  // [A]         the step that slot m belongs to, -1: none
+    view<std::int64_t, 2, Space> load;  // [A, E + 1]  choices of each expert, then tokens
+
+    template <class Field>
+    void fields(Field&& field, const LayerShape& shape) {
+        field("log_step", step, shape.micro_steps);
+        field("log_load", load, shape.micro_steps, shape.experts + 1);
+    }
+
+    constexpr void clear() const {
+        for (index_t m = 0; m < step.extents[0]; ++m) step[m] = -1;
+        for (index_t w = 0; w < load.size(); ++w) load.data[w] = 0;
+    }
+
+    [[nodiscard]] constexpr bool holds(const StepInfo& at) const { return step[at.micro_step] == at.step; }
+
+    /// Keeps `words` [E + 1] as the load of this micro-step.
+    constexpr void enter(const StepInfo& at, view<const std::int64_t, 1, Space> words) const {
+        step[at.micro_step] = at.step;
+        const auto slot = load[at.micro_step];
+        for (index_t w = 0; w < slot.extents[0]; ++w) slot[w] = words[w];
+    }
+
+    /// words (=) sum of the loads of micro-steps [0, end) of this step.
+    constexpr void sum(std::int64_t at_step, index_t end, view<std::int64_t, 1, Space> words) const {
+        for (index_t w = 0; w < words.extents[0]; ++w) words[w] = 0;
+        for (index_t m = 0; m < end; ++m) {
+            if (step[m] != at_step) continue;
+            for (index_t w = 0; w < words.extents[0]; ++w) words[w] += load(m, w);
+        }
+    }
+};
+
+}  // namespace steelyard
