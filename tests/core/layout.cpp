@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -158,6 +159,8 @@ TEST_CASE("the first fault of a bundle is the one reported, by its full name") {
     block.count.data = reinterpret_cast<std::int32_t*>(memory.bytes);
     const Status inner = check_bundle("expert", "", block, Dims{3, 5});
     CHECK(inner.tensor() == "up.bias");
+    block.up.weight.data = nullptr;
+    CHECK(check_bundle("expert", "", block, Dims{3, 5}).tensor() == "up.weight");
 }
 
 TEST_CASE("a block of memory that is too small or misaligned is refused") {

@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -107,6 +108,14 @@ TEST_CASE("a normal number is finite, with mean 0, variance 1 and fourth moment 
     CHECK(std::abs(first / n) < 5 * std::sqrt(1.0 / n));
     CHECK(std::abs(second / n - 1) < 5 * std::sqrt(2.0 / n));
     CHECK(std::abs(fourth / n - 3) < 5 * std::sqrt(96.0 / n));
+}
+
+TEST_CASE("a normal number is Box and Muller of the first two words, the first moved off zero") {
+    const Philox random(4, Stream::noise);
+    const Words words = random.words(9);
+    const double radius = std::sqrt(-2 * std::log((words[0] + 0.5) / 4294967296.0));
+    const double angle = 2 * std::acos(-1.0) * (words[1] / 4294967296.0);
+    CHECK(random.normal(9) == doctest::Approx(radius * std::cos(angle)).epsilon(1e-12));
 }
 
 TEST_CASE("a number below a bound takes each value about equally often, and bound 1 gives only 0") {
