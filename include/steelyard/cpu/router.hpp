@@ -1,0 +1,226 @@
+// Router kernels of the CPU device: logits, selection, and their gradients over blocks of tokens.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "steelyard/core/layout.hpp"
+#include "steelyard/cpu/gemm.hpp"
+#include "steelyard/cpu/parallel.hpp"
+#include "steelyard/cpu/router_token.hpp"
+#include "steelyard/ops/router_ops.hpp"
+
+namespace steelyard {
+
+namespace cpu::detail {
+
+/// out[j] = x[j] * jitter factor, for columns [begin, end) of one token; `begin` is a multiple of 4.
+template <class T>
+void jitter_row(const RouterNoise& noise, const Philox& stream, index_t token, index_t width, index_t begin,
+                index_t end, const T* x, T* out) {
+    for (index_t j = begin; j < end; j += 4) {
+        const auto factors = noise.jitter_factors(stream, noise.position(token), static_cast<std::uint64_t>(j / 4), width);
+        for (index_t i = 0; i < std::min<index_t>(4, end - j); ++i)
+            out[j - begin + i] = static_cast<T>(x[j - begin + i] * factors[static_cast<std::size_t>(i)]);
+    }
+}
+
+inline index_t tasks_of(index_t items, index_t block) { return (items + block - 1) / block; }
+
+}  // namespace cpu::detail
+
+template <>
+struct router_ops<Cpu> {
+    // Fixed cuts of the work: they never depend on the number of threads.
+    static constexpr index_t select_block = 64;   // tokens
+    static constexpr index_t logits_block = 192;  // tokens: what one product packs at once
+    static constexpr index_t width_block = 128;   // columns of x, in the gradient of the weights
+    static constexpr index_t expert_block = 128;  // experts, in the gradient of the weights
+    static constexpr index_t token_block = 256;   // tokens brought into it at once, one block after the other
+
+    template <class T>
+    static index_t scratch_bytes(const Cpu& device, const LayerShape& shape) {
+        return std::max(1, device.threads) * thread_bytes<T>(shape.width, shape.experts);
+    }
+
+    template <class T>
+    static void logits(const Cpu& device, view<const T, 2> x, view<const T, 2> weight, const RouterNoise& noise,
+                       view<T, 2> logits, std::byte* scratch) {
+        const index_t tokens = x.extents[0], width = x.extents[1], experts = weight.extents[0];
+        const Philox jitter_stream = noise.jitter_stream(), noise_stream = noise.noise_stream();
+        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, logits_block), [&](index_t task, int thread) {
+            const Scratch<T> own(scratch, thread, width, experts);
+            const index_t begin = task * logits_block, end = std::min(tokens, begin + logits_block);
+            view<const T, 2> input = x.slice(begin, end);
+            if (noise.jitter != 0.0) {
+                view<T, 2> copy(own.block, end - begin, width);
+                for (index_t t = begin; t < end; ++t)
+                    cpu::detail::jitter_row(noise, jitter_stream, t, width, 0, width, &x(t, 0), &copy(t - begin, 0));
+                input = copy;
+            }
+            cpu::gemm_nt<T>(input, weight, logits.slice(begin, end), cpu::Write::assign, own.gemm);
+            if (noise.noise == 0.0) return;
+            for (index_t t = begin; t < end; ++t)
+                for (index_t j = 0; j < experts; j += 4) {
+                    const auto added = noise.logit_noise(noise_stream, noise.position(t),
+                                                         static_cast<std::uint64_t>(j / 4), experts);
+                    for (index_t i = 0; i < std::min<index_t>(4, experts - j); ++i)
+                        logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
+                }
+        });
+    }
+
+    template <class T>
+    static index_t select(const Cpu& device, const SelectionRule& rule, view<const float, 1> bias,
+                          view<const std::uint8_t, 1> mask, const Routing<T>& routing, std::byte* scratch) {
+        const index_t tokens = routing.logits.extents[0], experts = routing.logits.extents[1];
+        const index_t row_bytes = bytes_of<cpu::detail::SelectRows<T>>(experts);
+        std::atomic<index_t> first_bad{tokens};
+        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int thread) {
+            const auto rows = place<cpu::detail::SelectRows<T>>(scratch + thread * row_bytes, experts);
+            index_t bad = tokens;
+            for (index_t t = task * select_block; t < std::min(tokens, (task + 1) * select_block); ++t) {
+                T* const probs = &routing.probs(t, 0);
+                expert_t* const expert = &routing.expert(t, 0);
+                T* const weight = &routing.weight(t, 0);
+                if (mask.present() && mask[t] == 0) {
+                    std::fill(probs, probs + experts, T(0));
+                    std::fill(expert, expert + rule.top_k, expert_t{-1});
+                    std::fill(weight, weight + rule.top_k, T(0));
+                } else if (!cpu::detail::select_token<T>(rule, bias.data, experts, rows, &routing.logits(t, 0), probs,
+                                                         expert, weight)) {
+                    bad = std::min(bad, t);
+                }
+            }
+            index_t seen = first_bad.load(std::memory_order_relaxed);
+            while (bad < seen && !first_bad.compare_exchange_weak(seen, bad, std::memory_order_relaxed)) {
+            }
+        });
+        return first_bad < tokens ? first_bad.load() : index_t{-1};
+    }
+
+    template <class T>
+    static void select_backward(const Cpu& device, const SelectionRule& rule, view<const std::uint8_t, 1> mask,
+                                const Routing<T>& routing, const RoutingGrad<T>& grad) {
+        const index_t tokens = routing.logits.extents[0], experts = routing.logits.extents[1];
+        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int) {
+            for (index_t t = task * select_block; t < std::min(tokens, (task + 1) * select_block); ++t) {
+                T* const out = &grad.logits(t, 0);
+                if (mask.present() && mask[t] == 0)
+                    std::fill(out, out + experts, T(0));
+                else
+                    cpu::detail::token_backward<T>(rule, experts, &routing.logits(t, 0), &routing.probs(t, 0),
+                                      &routing.expert(t, 0), &routing.weight(t, 0),
+                                      grad.weight.present() ? &grad.weight(t, 0) : nullptr,
+                                      grad.probs.present() ? &grad.probs(t, 0) : nullptr, out);
+            }
+        });
+    }
+
+    template <class T>
+    static void logits_backward(const Cpu& device, view<const T, 2> x, view<const std::uint8_t, 1> mask,
+                                view<const T, 2> weight, const RouterNoise& noise, view<const T, 2> dlogits,
+                                view<T, 2> dx, view<T, 2> dweight, std::byte* scratch) {
+        if (dx.present()) input_gradient<T>(device, weight, noise, dlogits, dx, scratch);
+        if (dweight.present()) weight_gradient<T>(device, x, mask, noise, dlogits, dweight, scratch);
+    }
+
+private:
+    template <class T>
+    static index_t thread_bytes(index_t width, index_t experts) {
+        const index_t block = std::max(logits_block * width, token_block * width_block);
+        return std::max(bytes_of<cpu::detail::SelectRows<T>>(experts),
+                        align(cpu::gemm_scratch_bytes<T>()) + align(block * static_cast<index_t>(sizeof(T))));
+    }
+    static constexpr index_t align(index_t bytes) {
+        return (bytes + layout_alignment - 1) / layout_alignment * layout_alignment;
+    }
+
+    /// One thread's room for a product and for a changed copy of its input.
+    template <class T>
+    struct Scratch {
+        std::byte* gemm;
+        T* block;
+        Scratch(std::byte* scratch, int thread, index_t width, index_t experts)
+            : gemm(scratch + thread * thread_bytes<T>(width, experts)),
+              block(reinterpret_cast<T*>(gemm + align(cpu::gemm_scratch_bytes<T>()))) {}
+    };
+
+    /// dx += (dlogits weight) * jitter, over blocks of tokens.
+    template <class T>
+    static void input_gradient(const Cpu& device, view<const T, 2> weight, const RouterNoise& noise,
+                               view<const T, 2> dlogits, view<T, 2> dx, std::byte* scratch) {
+        const index_t tokens = dlogits.extents[0], experts = dlogits.extents[1], width = weight.extents[1];
+        const Philox stream = noise.jitter_stream();
+        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, logits_block), [&](index_t task, int thread) {
+            const Scratch<T> own(scratch, thread, width, experts);
+            const index_t begin = task * logits_block, end = std::min(tokens, begin + logits_block);
+            if (noise.jitter == 0.0) {
+                cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, dx.slice(begin, end), cpu::Write::add, own.gemm);
+                return;
+            }
+            view<T, 2> block(own.block, end - begin, width);
+            cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, block, cpu::Write::assign, own.gemm);
+            for (index_t t = begin; t < end; ++t) {
+                T* const row = &block(t - begin, 0);
+                cpu::detail::jitter_row(noise, stream, t, width, 0, width, row, row);
+                for (index_t j = 0; j < width; ++j) dx(t, j) += row[j];
+            }
+        });
+    }
+
+    /// dweight += dlogits^T (x * jitter), over tiles of the weights; each tile adds its tokens in order.
+    template <class T>
+    static void weight_gradient(const Cpu& device, view<const T, 2> x, view<const std::uint8_t, 1> mask,
+                                const RouterNoise& noise, view<const T, 2> dlogits, view<T, 2> dweight,
+                                std::byte* scratch) {
+        const index_t tokens = x.extents[0], width = x.extents[1], experts = dlogits.extents[1];
+        const index_t expert_tiles = cpu::detail::tasks_of(experts, expert_block);
+        const Philox stream = noise.jitter_stream();
+        const index_t tasks = cpu::detail::tasks_of(width, width_block) * expert_tiles;
+        cpu::parallel_for(device, tasks, [&](index_t task, int thread) {
+            const Scratch<T> own(scratch, thread, width, experts);
+            const index_t column = task / expert_tiles * width_block, columns = std::min(width_block, width - column);
+            const index_t row = task % expert_tiles * expert_block, rows = std::min(expert_block, experts - row);
+            const view<T, 2> out = tile(dweight, row, rows, column, columns);
+            for (index_t begin = 0; begin < tokens; begin += token_block) {
+                const index_t end = std::min(tokens, begin + token_block);
+                view<const T, 2> input = tile(x, begin, end - begin, column, columns);
+                if (noise.jitter != 0.0 || any_masked(mask, begin, end)) {
+                    view<T, 2> copy(own.block, end - begin, columns);
+                    for (index_t t = begin; t < end; ++t) {
+                        T* const to = &copy(t - begin, 0);
+                        if (mask.present() && mask[t] == 0)
+                            std::fill(to, to + columns, T(0));
+                        else if (noise.jitter != 0.0)
+                            cpu::detail::jitter_row(noise, stream, t, width, column, column + columns, &x(t, column), to);
+                        else
+                            std::copy_n(&x(t, column), columns, to);
+                    }
+                    input = copy;
+                }
+                cpu::gemm_tn<T>(tile(dlogits, begin, end - begin, row, rows), input, out, cpu::Write::add, own.gemm);
+            }
+        });
+    }
+
+    static bool any_masked(view<const std::uint8_t, 1> mask, index_t begin, index_t end) {
+        if (!mask.present()) return false;
+        for (index_t t = begin; t < end; ++t)
+            if (mask[t] == 0) return true;
+        return false;
+    }
+
+    /// A rectangle of a matrix.
+    template <class T>
+    static view<T, 2> tile(const view<T, 2>& matrix, index_t row, index_t rows, index_t column, index_t columns) {
+        view<T, 2> part = matrix.slice(row, row + rows);
+        part.data += column;
+        part.extents[1] = columns;
+        return part;
+    }
+};
+
+}  // namespace steelyard

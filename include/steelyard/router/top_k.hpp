@@ -1,0 +1,186 @@
+// TopK: a linear router that sends each token to the experts with the best scores.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <type_traits>
+
+#include "steelyard/ops/router_ops.hpp"
+#include "steelyard/router/concept.hpp"
+
+namespace steelyard {
+
+/// The K experts with the best scores of a linear router.
+///
+///     z = (x * jitter) W^T + noise * N(0, 1)        logits                                          [T, E]
+///     s = softmax(z)   or   sigmoid(z)              scores
+///     p = s / sum_i s_i                             probabilities, which balance losses are made of  [T, E]
+///     chosen = the K best of s + b                  b: selection bias of the balance policy
+///     w = scale * s   or   scale * s / sum_chosen s combine weights                                  [T, K]
+///
+/// With groups, experts lie in `groups` equal contiguous groups, and only those of the `kept_groups` best may be
+/// chosen. Ties, of experts and of groups, go to the lowest index. Products with the scores are done in
+/// log-scores l = z or log sigmoid(z), so nothing underflows into a wrong order or a division by zero:
+/// p = softmax(l), w = scale * softmax(l over the chosen).
+///
+/// Gradients. The choice has none; with g = dL/dp, h = dL/dw, and D = 1 (softmax) or 1 - sigmoid(z):
+///
+///     dL/dz_j  += D_j p_j (g_j - sum_i p_i g_i)
+///     dL/dz_ek += D_ek w_k (h_k - sum_i w_i h_i / scale)      renormalised
+///     dL/dz_ek += D_ek w_k h_k                                sigmoid scores as they are
+///     softmax scores as they are: g_ek += scale * h_k in the first line
+///     dL/dx = (dL/dz W) * jitter,   dL/dW = dL/dz^T (x * jitter)
+///
+/// K = 1 with renormalised weights has a weight of `scale` and so no gradient from the experts' output.
+///
+/// Which model is which setting:
+///
+/// | model                | k | score   | weight       | more                                                        |
+/// |----------------------|---|---------|--------------|-------------------------------------------------------------|
+/// | Switch               | 1 | softmax | score        | jitter = 0.01                                               |
+/// | GShard, Mixtral      | 2 | softmax | renormalized |                                                             |
+/// | Qwen1.5-MoE          | 4 | softmax | score        |                                                             |
+/// | Qwen3-MoE            | 8 | softmax | renormalized |                                                             |
+/// | DeepSeekMoE 16B      | 6 | softmax | score        |                                                             |
+/// | DeepSeek-V2          | 6 | softmax | score        | scale = 16, groups = 8, kept_groups = 3                     |
+/// | DeepSeek-V3          | 8 | sigmoid | renormalized | scale = 2.5, groups = 8, kept_groups = 4, top2_sum, bias    |
+///
+/// Sources: Shazeer et al. 2017 (1701.06538), GShard (2006.16668), Switch Transformer (2101.03961), Mixtral
+/// (2401.04088), DeepSeekMoE (2401.06066), DeepSeek-V2 (2405.04434), loss-free balancing (2408.15664), DeepSeek-V3
+/// (2412.19437).
+struct TopK {
+    /// K: experts of a token, 1 to E.
+    int k = 2;
+    /// How logits become scores.
+    Score score = Score::softmax;
+    /// Whether the weights of the chosen experts are divided by their sum. Softmax "after selection" is
+    /// `renormalized` too: the two are one function.
+    GateWeight weight = GateWeight::renormalized;
+    /// Routed scaling factor: multiplies every weight. Above 0.
+    double scale = 1.0;
+    /// n_group: groups of experts. 1: no groups.
+    int groups = 1;
+    /// topk_group: groups whose experts may be chosen.
+    int kept_groups = 1;
+    /// A group's rank: its best expert, or the sum of its two best; of s + b.
+    GroupScore group_score = GroupScore::max;
+    /// Training only: inputs are multiplied by uniform(1 - jitter, 1 + jitter). In [0, 1).
+    double jitter = 0.0;
+    /// Training only: standard deviation of the normal noise on the logits.
+    double noise = 0.0;
+    /// Seed of jitter and noise.
+    std::uint64_t seed = 0;
+
+    friend bool operator==(const TopK&, const TopK&) = default;
+
+    template <class T, class Space = HostSpace>
+    struct Params {
+        view<T, 2, Space> weight;  // [E, d]
+
+        template <class Field>
+        void fields(Field&& field, const TopK&, const LayerShape& shape) {
+            field("weight", weight, shape.experts, shape.width);
+        }
+    };
+
+    [[nodiscard]] int top_k() const { return k; }
+
+    /// The selection alone, as the device's kernels read it.
+    [[nodiscard]] SelectionRule rule() const {
+        return {k, score, weight, scale, groups, kept_groups, group_score};
+    }
+
+    /// Refuses options that do not fit the shape.
+    [[nodiscard]] Status check(const LayerShape& shape) const {
+        const auto refuse = [](const char* option, std::string expected, std::string came) {
+            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
+        };
+        const index_t experts = shape.experts;
+        if (experts < 1) return refuse("experts", "at least 1", std::to_string(experts));
+        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
+        if (k < 1 || k > experts)
+            return refuse("top_k", "1 to " + std::to_string(experts) + " (the number of experts)", std::to_string(k));
+        if (score != Score::softmax && score != Score::sigmoid)
+            return refuse("score", "softmax or sigmoid", std::to_string(static_cast<int>(score)));
+        if (weight != GateWeight::score && weight != GateWeight::renormalized)
+            return refuse("weight", "score or renormalized", std::to_string(static_cast<int>(weight)));
+        if (group_score != GroupScore::max && group_score != GroupScore::top2_sum)
+            return refuse("group_score", "max or top2_sum", std::to_string(static_cast<int>(group_score)));
+        if (!std::isfinite(scale) || scale <= 0.0)
+            return refuse("scale", "a finite number above 0", std::to_string(scale));
+        if (groups < 1 || experts % groups != 0)
+            return refuse("groups", "a divisor of " + std::to_string(experts) + " (the number of experts)",
+                          std::to_string(groups));
+        if (kept_groups < 1 || kept_groups > groups)
+            return refuse("kept_groups", "1 to " + std::to_string(groups) + " (the number of groups)",
+                          std::to_string(kept_groups));
+        if (kept_groups * (experts / groups) < k)
+            return refuse("kept_groups", "groups that hold at least top_k = " + std::to_string(k) + " experts",
+                          std::to_string(kept_groups) + " groups of " + std::to_string(experts / groups));
+        if (group_score == GroupScore::top2_sum && experts / groups < 2)
+            return refuse("group_score", "groups of at least two experts for top2_sum",
+                          std::to_string(experts) + " experts in " + std::to_string(groups) + " groups");
+        if (!(jitter >= 0.0 && jitter < 1.0)) return refuse("jitter", "a number in [0, 1)", std::to_string(jitter));
+        if (!std::isfinite(noise) || noise < 0.0)
+            return refuse("noise", "a finite number that is not negative", std::to_string(noise));
+        return {};
+    }
+
+    /// Bytes of scratch for `route` and `backward`. Pure.
+    template <class T, class Device>
+    [[nodiscard]] index_t scratch_bytes(const Device& device, const LayerShape& shape) const {
+        return router_ops<Device>::template scratch_bytes<T>(device, shape);
+    }
+
+    /// Writes the routing (=) of the tokens of x. See contract 5 to 8 of Router.
+    template <class T, class Device>
+    Status route(const Device& device, const Params<const T, typename Device::space>& params,
+                 view<const T, 2, typename Device::space> x,                  // [T, d]
+                 view<const float, 1, typename Device::space> selection_bias,  // [E] or absent
+                 const TokenInfo<typename Device::space>& info, std::uint32_t layer,
+                 Routing<T, typename Device::space> routing, std::byte* scratch) const {
+        using ops = router_ops<Device>;
+        ops::template logits<T>(device, x, params.weight, noise_of(info, layer), routing.logits, scratch);
+        const index_t bad = ops::template select<T>(device, rule(), selection_bias, info.mask, routing, scratch);
+        return bad < 0 ? Status{} : not_finite(routing.logits, bad);
+    }
+
+    /// Accumulates into grad.logits, dx and grads. See contract 9 of Router.
+    template <class T, class Device>
+    void backward(const Device& device, const Params<const T, typename Device::space>& params,
+                  view<const T, 2, typename Device::space> x,  // [T, d]
+                  const TokenInfo<typename Device::space>& info, std::uint32_t layer,
+                  const Routing<T, typename Device::space>& routing,
+                  const RoutingGrad<T, typename Device::space>& grad,
+                  view<T, 2, typename Device::space> dx,  // [T, d]
+                  const Params<T, typename Device::space>& grads, std::byte* scratch) const {
+        using ops = router_ops<Device>;
+        ops::template select_backward<T>(device, rule(), info.mask, routing, grad);
+        ops::template logits_backward<T>(device, x, info.mask, params.weight, noise_of(info, layer), grad.logits, dx,
+                                         grads.weight, scratch);
+    }
+
+private:
+    template <class Space>
+    [[nodiscard]] RouterNoise noise_of(const TokenInfo<Space>& info, std::uint32_t layer) const {
+        if (info.mode == Mode::evaluate) return {};
+        return {jitter, noise, seed, info.step, layer};
+    }
+
+    template <class T, class Space>
+    static Status not_finite(view<T, 2, Space> logits, index_t token) {
+        std::string came = "a value that is not";
+        if constexpr (std::is_same_v<Space, HostSpace>)
+            for (index_t e = 0; e < logits.extents[1]; ++e)
+                if (!std::isfinite(logits(token, e))) {
+                    came = std::to_string(logits(token, e)) + " for expert " + std::to_string(e);
+                    break;
+                }
+        return Status::refuse(Code::not_finite, "router", "logits of token " + std::to_string(token),
+                              "finite numbers", came);
+    }
+};
+
+static_assert(Router<TopK>, "steelyard: TopK is a Router");
+
+}  // namespace steelyard
