@@ -8,8 +8,10 @@ namespace steelyard {
 /// Plan kernels of a device, as static functions:
 ///
 ///  index_t scratch_bytes(device, shape, top_k)
+///      bytes of `scratch` that make_plan needs, aligned to `layout_alignment`.
 ///  void make_plan(device, choices[T,K], plan (=), scratch)
-///      Stable counting sort of the choices by expert; -1 takes no row. No atomics: the order is by token.
+///      Stable counting sort of the choices by expert; -1 takes no row. No atomics: the order is by token. Choices
+///      are -1 or in [0, E), and T K is below 2^31.
 ///  void dispatch<T>(device, plan, x[T,d], rows[N,d] (=))
 ///      rows[r] = x[choice[r] / K]. Experts gather inside their own loops; this is the stage alone.
 ///  void combine<T>(device, plan, rows[N,d], weight[T,K] or absent, y[T,d] (=))
