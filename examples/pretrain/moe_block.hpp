@@ -61,12 +61,15 @@ public:
                             view<T, 2> dx,                                       // [T, d]
                             std::byte* grads, std::span<std::byte> workspace, const BlockCall& call) = 0;
     /// Once after every optimizer step.
-    virtual Status end_step(const steelyard::StepInfo& step) = 0;
+    virtual Status end_step(const steelyard::StepInfo& step, std::span<std::byte> workspace) = 0;
 
-    /// Of the last forward.
+    // Of the last forward. Both losses are shares of the global batch's: they add up over ranks and micro-steps.
+    /// All that is minimised beside the cross entropy: balance loss and z-loss with their coefficients.
+    [[nodiscard]] virtual double total_balance_loss() const = 0;
+    /// The strategy's balance loss alone, without its coefficient: 1 at perfect balance.
     [[nodiscard]] virtual double balance_loss() const = 0;
-    [[nodiscard]] virtual view<const std::int64_t, 1> tokens_per_expert() const = 0;  // [E]
-    [[nodiscard]] virtual view<const steelyard::expert_t, 2> choices() const = 0;     // [T, K]
+    [[nodiscard]] virtual std::span<const std::int64_t> tokens_per_expert() = 0;   // [E]
+    [[nodiscard]] virtual view<const steelyard::expert_t, 2> choices() const = 0;  // [T, K]
 
     /// What balance remembers between steps: part of a checkpoint.
     [[nodiscard]] virtual std::span<std::byte> state() = 0;

@@ -9,7 +9,7 @@ using steelyard::index_t;
 using steelyard::view;
 
 /// Rows of a tile: the unit of work that one thread takes. Sums never cross a tile's border in an order that
-/// depends on the threads, so results are bit-identical for any number of them.
+/// depends on the threads, so results are bit-identical for any number of them (in memory that is aligned alike).
 inline constexpr index_t tile_rows = 128;
 
 constexpr index_t tiles_of(index_t count, index_t tile) { return (count + tile - 1) / tile; }

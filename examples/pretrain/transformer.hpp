@@ -134,6 +134,13 @@ public:
         return {};
     }
 
+    /// Once after every optimizer step.
+    Status end_step(const steelyard::StepInfo& step) {
+        for (const auto& block : blocks_)
+            if (Status s = block->end_step(step, moe_workspace_.span()); !s) return s;
+        return {};
+    }
+
     /// Of the last forward.
     [[nodiscard]] view<const T, 1> losses() const { return act_.losses.slice(0, used_); }         // [T]
     /// Of the last forward, before its backward.

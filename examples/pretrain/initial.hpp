@@ -1,0 +1,36 @@
+// The weights before the first step.
+#pragma once
+
+#include <cmath>
+#include <string_view>
+
+#include "moe_block.hpp"
+#include "steelyard/core/random.hpp"
+
+namespace pretrain {
+
+/// Standard deviation of a tensor's first values: 1/sqrt(inputs), so that outputs are about as large as
+/// inputs. What writes to the residual stream is smaller by sqrt(2 · layers), because that many writes add up.
+template <class T>
+double initial_scale(const Tensor<T>& tensor, index_t layers) {
+    if (tensor.name == "embedding") return 1.0;
+    double scale = 1.0 / std::sqrt(static_cast<double>(tensor.shape.back()));
+    const auto ends = [&](std::string_view tail) { return std::string_view(tensor.name).ends_with(tail); };
+    if (ends(".out") || ends(".down")) scale /= std::sqrt(2.0 * static_cast<double>(layers));
+    return scale;
+}
+
+/// Normal numbers for matrices, ones for the gains of norms. The same on every rank.
+template <class T>
+void initialise(std::vector<Tensor<T>> tensors, index_t layers, std::uint64_t seed) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+        const Tensor<T>& tensor = tensors[i];
+        const bool gain = tensor.shape.size() == 1;
+        const double scale = initial_scale(tensor, layers);
+        const steelyard::Philox philox(seed, steelyard::Stream::init, i);
+        for (index_t j = 0; j < tensor.size(); ++j)
+            tensor.data[j] = gain ? T(1) : static_cast<T>(scale * philox.normal(static_cast<std::uint64_t>(j)));
+    }
+}
+
+}  // namespace pretrain

@@ -1,0 +1,271 @@
+// One rank's run: steps, evaluations and checkpoints in order. Every rank does the same; the first one also
+// keeps the record and writes files.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <optional>
+
+#include "checkpoint.hpp"
+#include "initial.hpp"
+#include "progress.hpp"
+#include "replica.hpp"
+#include "strategies.hpp"
+#include "weights.hpp"
+
+namespace pretrain {
+
+extern std::atomic<bool> stop_asked;
+static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler sets it");
+
+/// What the ranks of one process share.
+template <class T>
+struct Shared {
+    const Settings& settings;
+    Strategy strategy;
+    const Corpus& corpus;
+    const std::optional<Checkpoint>& from;  ///< where to go on; empty: from the start
+    std::unique_ptr<Weights<T>> weights;    ///< made by the team's first member
+    RunRecord record;                       ///< kept by rank 0
+};
+
+template <class T, class Comm>
+class Run {
+public:
+    Run(Shared<T>& shared, const Comm& comm, Team team)
+        : shared_(shared), settings_(shared.settings), comm_(comm), team_(team),
+          replica_(settings_, comm.rank(), make_blocks()), totals_(settings_.layers, settings_.experts) {}
+
+    /// Trains until the last step, or until somebody asks to stop.
+    void go() {
+        start();
+        std::int64_t step = shared_.from ? shared_.from->step : 0;
+        std::optional<Progress> progress;
+        if (speaks())
+            progress.emplace(name_of(shared_.strategy), settings_.steps, settings_.quiet, step);
+        bool stop = false;
+        while (step < settings_.steps && !stop) {
+            const ProgressState state = one_step(step);
+            ++step;
+            stop = totals_.stop();
+            const bool last = step == settings_.steps;
+            if (progress) progress->update(state);
+            if (last || due(settings_.eval_every, step)) evaluate(step);
+            if (speaks()) shared_.record.interrupted = stop && !last;
+            if (last || stop || due(settings_.checkpoint_every, step)) save(step);
+        }
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+
+    [[nodiscard]] bool speaks() const { return comm_.rank() == 0; }
+    [[nodiscard]] static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
+    [[nodiscard]] const Corpus& corpus() const { return shared_.corpus; }
+    [[nodiscard]] ModelParams<T> params() { return replica_.model().place_params(shared_.weights->params.data()); }
+
+    typename Transformer<T>::Blocks make_blocks() const {
+        typename Transformer<T>::Blocks blocks;
+        for (int l = 0; l < settings_.layers; ++l)
+            blocks.push_back(make_moe_block<T>(settings_, shared_.strategy, l, comm_));
+        return blocks;
+    }
+
+    /// The weights, made by one member of each team; then every rank's balance state.
+    void start() {
+        if (team_.member == 0) {
+            auto& model = replica_.model();
+            shared_.weights = std::make_unique<Weights<T>>(model.param_bytes(), team_.size);
+            auto& weights = *shared_.weights;
+            weights.tensors = model.tensors(weights.params.data());
+            initialise(weights.tensors, settings_.layers, settings_.seed);
+            if (shared_.from) {
+                restore(shared_.from->params, weights.params.span(), "parameters");
+                restore(shared_.from->first_moment, weights.first_moment.span(), "first moment");
+                restore(shared_.from->second_moment, weights.second_moment.span(), "second moment");
+            }
+        }
+        meet();
+        shared_.weights->set_gradient(team_, replica_.gradient());
+        if (shared_.from) restore_state();
+        if (speaks() && shared_.from) {
+            shared_.record = shared_.from->record;
+            shared_.record.settings = settings_;
+            shared_.record.interrupted = false;
+        } else if (speaks()) {
+            describe_run();
+        }
+        meet();
+    }
+
+    void describe_run() {
+        RunRecord& record = shared_.record;
+        record.settings = settings_;
+        record.strategy = shared_.strategy;
+        record.generated_text = corpus().generated();
+        record.domains = corpus().domain_names();
+        for (const Tensor<T>& tensor : shared_.weights->tensors) {
+            record.parameters += tensor.size();
+            std::int64_t active = tensor.size();
+            if (tensor.name.find(".experts.") != std::string::npos)
+                active = active / settings_.experts * settings_.top_k;
+            if (tensor.name == "embedding") active = settings_.dim;
+            record.active_parameters += active;
+        }
+    }
+
+    /// One optimizer step.
+    ProgressState one_step(std::int64_t step) {
+        const auto begin = Clock::now();
+        totals_.clear();
+        if (stop_asked.load(std::memory_order_relaxed)) totals_.ask_to_stop();
+        double norm = 0;
+        check(replica_.micro_steps(params(), corpus(), step, totals_));
+        check(totals_.sum(comm_));
+        check(shared_.weights->step(comm_, team_, settings_, step + 1, norm));
+        const steelyard::StepInfo info{.step = step, .total_tokens = settings_.tokens_per_step()};
+        check(replica_.model().end_step(info));
+        const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+        return speaks() ? keep(step, norm, seconds) : ProgressState{};
+    }
+
+    /// Enters a step in the record.
+    ProgressState keep(std::int64_t step, double norm, double seconds) {
+        StepSeries& series = shared_.record.series;
+        const double tokens = static_cast<double>(settings_.tokens_per_step());
+        std::vector<double> micro, global;
+        std::vector<std::vector<std::int64_t>> loads;
+        for (index_t l = 0; l < settings_.layers; ++l) {
+            const auto load = totals_.load(l);
+            micro.push_back(totals_.max_vio_micro(l));
+            global.push_back(max_vio(load));
+            loads.emplace_back(load.begin(), load.end());
+        }
+        const auto mean = [](const std::vector<double>& v) {
+            double sum = 0;
+            for (const double x : v) sum += x;
+            return sum / static_cast<double>(v.size());
+        };
+        const ProgressState state{.step = step + 1, .steps = settings_.steps, .loss = totals_.loss_sum() / tokens,
+                                  .tokens_per_second = tokens / seconds, .max_vio_micro = mean(micro),
+                                  .max_vio_global = mean(global)};
+        series.step.push_back(step);
+        series.loss.push_back(state.loss);
+        series.balance_loss.push_back(totals_.balance_loss());
+        series.learning_rate.push_back(learning_rate(settings_, step));
+        series.gradient_norm.push_back(norm);
+        series.tokens_per_second.push_back(state.tokens_per_second);
+        series.max_vio_micro.push_back(std::move(micro));
+        series.max_vio_global.push_back(std::move(global));
+        const std::int64_t often = std::max<std::int64_t>(1, settings_.steps / 60);
+        if (step % often == 0 || step + 1 == settings_.steps)
+            shared_.record.loads.push_back({.step = step, .tokens_per_expert = std::move(loads)});
+        shared_.record.wall_seconds += seconds;
+        return state;
+    }
+
+    /// The held-out text, in parts that the ranks share out.
+    void evaluate(std::int64_t step) {
+        const std::size_t domains = corpus().domains().size();
+        const auto layers = static_cast<std::size_t>(settings_.layers);
+        const auto experts = static_cast<std::size_t>(settings_.experts);
+        std::vector<double> losses(domains);
+        std::vector<std::int64_t> tokens(domains), counts(layers * experts * domains);  // [layer][expert][domain]
+        std::int64_t part = 0;
+        for (std::size_t d = 0; d < domains; ++d) {
+            const int domain = static_cast<int>(d);
+            const std::int64_t all = corpus().held_out_count(domain);
+            for (std::int64_t first = 0; first < all; first += settings_.micro_batch, ++part) {
+                if (part % comm_.size() != comm_.rank()) continue;
+                const int count = static_cast<int>(std::min<std::int64_t>(settings_.micro_batch, all - first));
+                check(replica_.evaluate(
+                    params(), count, [&](int i) { return corpus().held_out(domain, first + i); }, losses[d]));
+                tokens[d] += std::int64_t{count} * settings_.sequence;
+                for (std::size_t l = 0; l < layers; ++l) {
+                    const auto chosen = replica_.model().block(static_cast<index_t>(l)).choices();  // [T, K]
+                    for (index_t t = 0; t < chosen.extents[0]; ++t)
+                        for (index_t k = 0; k < chosen.extents[1]; ++k)
+                            if (const auto e = chosen(t, k); e >= 0)
+                                ++counts[(l * experts + static_cast<std::size_t>(e)) * domains + d];
+                }
+            }
+        }
+        sum(std::span(losses));
+        sum(std::span(tokens));
+        sum(std::span(counts));
+        if (!speaks()) return;
+        Evaluation result;
+        result.step = step;
+        for (std::size_t d = 0; d < domains; ++d)
+            result.domains.push_back({.domain = corpus().domains()[d].name,
+                                      .loss = losses[d] / static_cast<double>(tokens[d]), .tokens = tokens[d]});
+        result.counts.assign(layers, std::vector(experts, std::vector<std::int64_t>(domains)));
+        for (std::size_t l = 0; l < layers; ++l)
+            for (std::size_t e = 0; e < experts; ++e)
+                for (std::size_t d = 0; d < domains; ++d)
+                    result.counts[l][e][d] = counts[(l * experts + e) * domains + d];
+        shared_.record.evaluations.push_back(std::move(result));
+    }
+
+    /// Every rank brings its balance state to the first, which writes.
+    void save(std::int64_t step) {
+        std::vector<std::int64_t> mine;
+        for (index_t l = 0; l < settings_.layers; ++l) {
+            const auto state = replica_.model().block(l).state();
+            const std::size_t at = mine.size();
+            mine.resize(at + (state.size() + 7) / 8);
+            std::memcpy(mine.data() + at, state.data(), state.size());
+        }
+        std::vector<std::int64_t> all(mine.size() * static_cast<std::size_t>(comm_.size()));  // [R, words]
+        check(comm_.all_gather(std::span<const std::int64_t>(mine), std::span(all)));
+        if (!speaks()) return;
+        const auto& weights = *shared_.weights;
+        write_checkpoint(checkpoint_path(settings_, shared_.strategy),
+                         {.step = step, .text = corpus().fingerprint(), .record = shared_.record,
+                          .params = weights.params.span(), .first_moment = weights.first_moment.span(),
+                          .second_moment = weights.second_moment.span(), .state = std::as_bytes(std::span(all))});
+    }
+
+    void restore_state() {
+        std::size_t words = 0;
+        for (index_t l = 0; l < settings_.layers; ++l) words += (replica_.model().block(l).state().size() + 7) / 8;
+        const auto& saved = shared_.from->state;
+        if (saved.size() != words * 8 * static_cast<std::size_t>(comm_.size())) misfit("balance state");
+        const std::byte* at = saved.data() + words * 8 * static_cast<std::size_t>(comm_.rank());
+        for (index_t l = 0; l < settings_.layers; ++l) {
+            const auto state = replica_.model().block(l).state();
+            std::memcpy(state.data(), at, state.size());
+            at += (state.size() + 7) / 8 * 8;
+        }
+    }
+
+    void restore(const std::vector<std::byte>& saved, std::span<std::byte> to, const char* what) const {
+        if (saved.size() != to.size()) misfit(what);
+        std::memcpy(to.data(), saved.data(), to.size());
+    }
+    [[noreturn]] void misfit(const char* what) const {
+        throw UserError("checkpoint " + checkpoint_path(settings_, shared_.strategy).string() + ": its " + what +
+                        " have another size than this model's");
+    }
+
+    template <class Number>
+    void sum(std::span<Number> words) {
+        check(comm_.begin_sum(words));
+        check(comm_.end_sum(words));
+    }
+    void meet() {
+        if (team_.size > 1) check(comm_.barrier());
+    }
+    static void check(Status status) { steelyard::throw_if_refused(std::move(status)); }
+
+    Shared<T>& shared_;
+    const Settings& settings_;
+    Comm comm_;
+    Team team_;
+    Replica<T> replica_;
+    StepTotals totals_;
+};
+
+}  // namespace pretrain
