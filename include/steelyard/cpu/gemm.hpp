@@ -24,12 +24,12 @@ namespace steelyard::cpu {
 /// Whether a product is written over `c` or added to it.
 enum class Write { assign, add };
 
-namespace detail {
+namespace detail::gemm {
 
 /// Sizes of the product's blocks. One operand (*broadcast*) is read element by element, `rows` rows at a time; the
 /// other (*panel*) is packed into `panel_block x k_block` elements, read as whole vectors, `vectors` at a time.
 template <class T>
-struct GemmBlocks {
+struct Blocks {
     static constexpr int lanes = Simd<T>::lanes;
     static constexpr int rows = vector_registers == 32 ? 8 : 6;
     static constexpr int vectors = vector_registers == 32 ? 3 : 2;
@@ -41,41 +41,41 @@ struct GemmBlocks {
 /// tile[r][j] = sum_p a[r][p] * panel[p][j], in registers. Row r of `a` starts at a_rows[r]; `step` apart in p.
 template <class T, int Vectors, int Step>
 void register_tile(index_t k, const T* const* a_rows, const T* panel, T* tile) {
-    using Blocks = GemmBlocks<T>;
+    using B = Blocks<T>;
     using vec = typename Simd<T>::vec;
-    vec sum[Blocks::rows][Vectors] = {};
-    const T* a[Blocks::rows];
-    for (int r = 0; r < Blocks::rows; ++r) a[r] = a_rows[r];
+    vec sum[B::rows][Vectors] = {};
+    const T* a[B::rows];
+    for (int r = 0; r < B::rows; ++r) a[r] = a_rows[r];
     for (index_t p = 0; p < k; ++p) {
         vec b[Vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) b[v] = load(panel + p * Blocks::width + v * Blocks::lanes);
+        for (int v = 0; v < Vectors; ++v) b[v] = load(panel + p * B::width + v * B::lanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < Blocks::rows; ++r) {
+        for (int r = 0; r < B::rows; ++r) {
             const T left = a[r][p * Step];
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) sum[r][v] += left * b[v];
         }
     }
-    for (int r = 0; r < Blocks::rows; ++r)
-        for (int v = 0; v < Vectors; ++v) store(tile + r * Blocks::width + v * Blocks::lanes, sum[r][v]);
+    for (int r = 0; r < B::rows; ++r)
+        for (int v = 0; v < Vectors; ++v) store(tile + r * B::width + v * B::lanes, sum[r][v]);
 }
 
 template <class T, int Step>
 void register_tile(index_t k, index_t columns, const T* const* a_rows, const T* panel, T* tile) {
-    constexpr int lanes = GemmBlocks<T>::lanes;
+    constexpr int lanes = Blocks<T>::lanes;
     if (columns <= lanes)
         register_tile<T, 1, Step>(k, a_rows, panel, tile);
     else if (columns <= 2 * lanes)
         register_tile<T, 2, Step>(k, a_rows, panel, tile);
     else
-        register_tile<T, GemmBlocks<T>::vectors, Step>(k, a_rows, panel, tile);
+        register_tile<T, Blocks<T>::vectors, Step>(k, a_rows, panel, tile);
 }
 
 /// panel[p][j] = from[p][j], missing columns 0.
 template <class T>
 void pack_rows(const T* from, index_t stride, index_t k, index_t columns, T* panel) {
-    constexpr index_t width = GemmBlocks<T>::width;
+    constexpr index_t width = Blocks<T>::width;
     for (index_t p = 0; p < k; ++p, panel += width, from += stride) {
         if (columns == width) {
             std::memcpy(panel, from, width * sizeof(T));
@@ -89,7 +89,7 @@ void pack_rows(const T* from, index_t stride, index_t k, index_t columns, T* pan
 /// panel[p][j] = from[j][p], missing columns 0.
 template <class T>
 void pack_columns(const T* from, index_t stride, index_t k, index_t columns, T* panel) {
-    constexpr index_t width = GemmBlocks<T>::width;
+    constexpr index_t width = Blocks<T>::width;
     for (index_t j = 0; j < columns; ++j)
         for (index_t p = 0; p < k; ++p) panel[p * width + j] = from[j * stride + p];
     for (index_t j = columns; j < width; ++j)
@@ -99,7 +99,7 @@ void pack_columns(const T* from, index_t stride, index_t k, index_t columns, T* 
 /// out[r][j] (= or +=) tile[r][j]
 template <class T>
 void write_rows(const T* tile, index_t rows, index_t columns, T* out, index_t stride, bool add) {
-    for (index_t r = 0; r < rows; ++r, tile += GemmBlocks<T>::width, out += stride) {
+    for (index_t r = 0; r < rows; ++r, tile += Blocks<T>::width, out += stride) {
         if (add)
             for (index_t j = 0; j < columns; ++j) out[j] += tile[j];
         else
@@ -110,7 +110,7 @@ void write_rows(const T* tile, index_t rows, index_t columns, T* out, index_t st
 /// out[j][r] (= or +=) tile[r][j]: one visit of each row of `out`, which may all fall on one set of the cache.
 template <class T>
 void write_columns(const T* tile, index_t rows, index_t columns, T* out, index_t stride, bool add) {
-    constexpr index_t width = GemmBlocks<T>::width;
+    constexpr index_t width = Blocks<T>::width;
     for (index_t j = 0; j < columns; ++j, ++tile, out += stride) {
         if (add)
             for (index_t r = 0; r < rows; ++r) out[r] += tile[r * width];
@@ -126,41 +126,41 @@ enum class Form { nt, nn, tn };
 template <class T, Form F>
 void product(index_t m, index_t n, index_t k, const T* left, index_t left_stride, const T* right, index_t right_stride,
              T* out, index_t out_stride, Write write, std::byte* scratch) {
-    using Blocks = GemmBlocks<T>;
+    using B = Blocks<T>;
     const auto address = reinterpret_cast<std::uintptr_t>(scratch);
     T* const panels = reinterpret_cast<T*>(scratch + (64 - address % 64) % 64);
-    T* const slab = panels + index_t{Blocks::panel_block} * Blocks::k_block;
-    T* const tile = slab + index_t{Blocks::rows} * Blocks::k_block;
+    T* const slab = panels + index_t{B::panel_block} * B::k_block;
+    T* const tile = slab + index_t{B::rows} * B::k_block;
 
-    for (index_t j0 = 0; j0 < n; j0 += Blocks::panel_block) {
-        const index_t j1 = std::min<index_t>(j0 + Blocks::panel_block, n);
-        for (index_t p0 = 0; p0 == 0 || p0 < k; p0 += Blocks::k_block) {
-            const index_t depth = std::min<index_t>(Blocks::k_block, k - p0);
+    for (index_t j0 = 0; j0 < n; j0 += B::panel_block) {
+        const index_t j1 = std::min<index_t>(j0 + B::panel_block, n);
+        for (index_t p0 = 0; p0 == 0 || p0 < k; p0 += B::k_block) {
+            const index_t depth = std::min<index_t>(B::k_block, k - p0);
             const bool add = write == Write::add || p0 > 0;
-            for (index_t j = j0; j < j1; j += Blocks::width) {
-                const index_t columns = std::min<index_t>(Blocks::width, j1 - j);
-                T* const panel = panels + (j - j0) * Blocks::k_block;
+            for (index_t j = j0; j < j1; j += B::width) {
+                const index_t columns = std::min<index_t>(B::width, j1 - j);
+                T* const panel = panels + (j - j0) * B::k_block;
                 if constexpr (F == Form::nt)
                     pack_columns(right + j * right_stride + p0, right_stride, depth, columns, panel);
                 else
                     pack_rows(right + p0 * right_stride + j, right_stride, depth, columns, panel);
             }
-            for (index_t i = 0; i < m; i += Blocks::rows) {
-                const index_t rows = std::min<index_t>(Blocks::rows, m - i);
-                const T* a[Blocks::rows];
+            for (index_t i = 0; i < m; i += B::rows) {
+                const index_t rows = std::min<index_t>(B::rows, m - i);
+                const T* a[B::rows];
                 if constexpr (F == Form::tn) {
                     for (index_t p = 0; p < depth; ++p)
                         for (index_t r = 0; r < rows; ++r)
-                            slab[p * Blocks::rows + r] = left[(p0 + p) * left_stride + i + r];
-                    for (index_t r = 0; r < Blocks::rows; ++r) a[r] = slab + std::min(r, rows - 1);
+                            slab[p * B::rows + r] = left[(p0 + p) * left_stride + i + r];
+                    for (index_t r = 0; r < B::rows; ++r) a[r] = slab + std::min(r, rows - 1);
                 } else {  // rows that are missing repeat the last one; their sums are not written
-                    for (index_t r = 0; r < Blocks::rows; ++r)
+                    for (index_t r = 0; r < B::rows; ++r)
                         a[r] = left + (i + std::min(r, rows - 1)) * left_stride + p0;
                 }
-                for (index_t j = j0; j < j1; j += Blocks::width) {
-                    const index_t columns = std::min<index_t>(Blocks::width, j1 - j);
-                    register_tile<T, F == Form::tn ? Blocks::rows : 1>(depth, columns, a,
-                                                                       panels + (j - j0) * Blocks::k_block, tile);
+                for (index_t j = j0; j < j1; j += B::width) {
+                    const index_t columns = std::min<index_t>(B::width, j1 - j);
+                    register_tile<T, F == Form::tn ? B::rows : 1>(depth, columns, a,
+                                                                       panels + (j - j0) * B::k_block, tile);
                     if constexpr (F == Form::nt)
                         write_columns(tile, rows, columns, out + j * out_stride + i, out_stride, add);
                     else
@@ -171,13 +171,13 @@ void product(index_t m, index_t n, index_t k, const T* left, index_t left_stride
     }
 }
 
-}  // namespace detail
+}  // namespace detail::gemm
 
 /// Bytes of scratch that one product needs, whatever its sizes. Any alignment.
 template <class T>
 [[nodiscard]] constexpr index_t gemm_scratch_bytes() {
-    using Blocks = detail::GemmBlocks<T>;
-    const index_t elements = index_t{Blocks::panel_block + Blocks::rows} * Blocks::k_block + Blocks::rows * Blocks::width;
+    using B = detail::gemm::Blocks<T>;
+    const index_t elements = index_t{B::panel_block + B::rows} * B::k_block + B::rows * B::width;
     return elements * static_cast<index_t>(sizeof(T)) + 64;
 }
 
@@ -188,7 +188,7 @@ void gemm_nt(view<const T, 2> a,  // [m, k]
              view<const T, 2> b,  // [n, k]
              view<T, 2> c,        // [m, n]
              Write write, std::byte* scratch) {
-    detail::product<T, detail::Form::nt>(b.extents[0], a.extents[0], a.extents[1], b.data, b.strides[0], a.data,
+    detail::gemm::product<T, detail::gemm::Form::nt>(b.extents[0], a.extents[0], a.extents[1], b.data, b.strides[0], a.data,
                                          a.strides[0], c.data, c.strides[0], write, scratch);
 }
 
@@ -198,7 +198,7 @@ void gemm_nn(view<const T, 2> a,  // [m, k]
              view<const T, 2> b,  // [k, n]
              view<T, 2> c,        // [m, n]
              Write write, std::byte* scratch) {
-    detail::product<T, detail::Form::nn>(a.extents[0], b.extents[1], a.extents[1], a.data, a.strides[0], b.data,
+    detail::gemm::product<T, detail::gemm::Form::nn>(a.extents[0], b.extents[1], a.extents[1], a.data, a.strides[0], b.data,
                                          b.strides[0], c.data, c.strides[0], write, scratch);
 }
 
@@ -208,7 +208,7 @@ void gemm_tn(view<const T, 2> a,  // [k, m]
              view<const T, 2> b,  // [k, n]
              view<T, 2> c,        // [m, n]
              Write write, std::byte* scratch) {
-    detail::product<T, detail::Form::tn>(a.extents[1], b.extents[1], a.extents[0], a.data, a.strides[0], b.data,
+    detail::gemm::product<T, detail::gemm::Form::tn>(a.extents[1], b.extents[1], a.extents[0], a.data, a.strides[0], b.data,
                                          b.strides[0], c.data, c.strides[0], write, scratch);
 }
 

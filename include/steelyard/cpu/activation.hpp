@@ -1,0 +1,100 @@
+// Activations and their derivatives, a vector at a time.
+//
+// Every element goes through the same vector code, whatever its place in a row (the last lanes are padded), so a
+// result depends on its input alone. The C library's exp is not vectorised and would take longer than the products.
+#pragma once
+
+#include <cmath>
+
+#include "steelyard/cpu/lanes.hpp"
+#include "steelyard/cpu/vector.hpp"
+#include "steelyard/ops/expert_ops.hpp"
+
+namespace steelyard::cpu {
+
+/// exp(x) for x <= 0, to about one unit in the last place; below the smallest normal number, about that number.
+/// The twin of exp_negative (lanes.hpp) for explicit vectors.
+///
+/// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its Taylor series, whose first left out term is below the
+/// rounding (r^8/8! < 6e-9, r^14/14! < 5e-18); 2^n through the exponent's bits.
+template <class T>
+inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
+    using vec = typename Simd<T>::vec;
+    using mask = typename Simd<T>::mask;
+    constexpr bool single = sizeof(T) == 4;
+    constexpr int degree = single ? 7 : 13;
+    static constexpr auto series_of_exp = detail::inverse_factorials<T, degree + 1>();
+    constexpr int mantissa_bits = single ? 23 : 52, bias = single ? 127 : 1023;
+    // ln 2 in two parts; the first has few enough bits that its product with n is exact.
+    constexpr T ln2_high = single ? T(0x1.62ep-1) : T(0x1.62e42feep-1);
+    constexpr T ln2_low = T(0.69314718055994530941723212145818L - static_cast<long double>(ln2_high));
+    constexpr T lowest = single ? T(-87.3) : T(-708.3);
+
+    const vec floor = vec{} + lowest;
+    x = x < floor ? floor : x;  // a NaN stays
+    const mask n = __builtin_convertvector(x * T(1.4426950408889634) - T(0.5), mask);
+    const vec whole = __builtin_convertvector(n, vec);
+    const vec r = (x - whole * ln2_high) - whole * ln2_low;
+    vec series = vec{} + series_of_exp[degree];
+    for (std::size_t i = degree; i-- > 0;) series = series * r + series_of_exp[i];
+    const mask bits = (n + bias) << mantissa_bits;
+    vec power;
+    std::memcpy(&power, &bits, sizeof power);
+    return series * power;
+}
+
+/// 1 / (1 + exp(-x)), without overflow on either side.
+template <class T>
+inline typename Simd<T>::vec logistic(typename Simd<T>::vec x) {
+    using vec = typename Simd<T>::vec;
+    const vec one = vec{} + T(1);
+    const vec small = exp_nonpositive<T>(x < vec{} ? x : -x);
+    return (x < vec{} ? small : one) / (one + small);
+}
+
+/// The normal distribution's Phi(x) = erfc(-x / sqrt 2) / 2, exact to the C library's erfc.
+template <class T>
+inline typename Simd<T>::vec normal_cdf(typename Simd<T>::vec x) {
+    for (int lane = 0; lane < Simd<T>::lanes; ++lane)
+        x[lane] = T(0.5) * std::erfc(x[lane] * T(-0.70710678118654752440));
+    return x;
+}
+
+/// f(x) and f'(x) of an activation. relu'(0) = 0. A NaN gives a NaN.
+template <class T>
+struct ValueAndSlope {
+    typename Simd<T>::vec value, slope;
+};
+
+template <Activation A, class T>
+inline ValueAndSlope<T> activate(typename Simd<T>::vec x) {
+    using vec = typename Simd<T>::vec;
+    const vec zero = {}, one = zero + T(1);
+    if constexpr (A == Activation::relu) {
+        return {x < zero ? zero : x, x > zero ? one : zero};
+    } else if constexpr (A == Activation::relu2) {
+        const vec positive = x < zero ? zero : x;
+        return {positive * positive, T(2) * positive};
+    } else if constexpr (A == Activation::silu) {
+        const vec s = logistic<T>(x);
+        return {x * s, s * (one + x * (one - s))};
+    } else {
+        static_assert(A == Activation::gelu);
+        const vec cdf = normal_cdf<T>(x);
+        const vec density = exp_nonpositive<T>(x * x * T(-0.5)) * T(0.39894228040143267794);
+        return {x * cdf, cdf + x * density};
+    }
+}
+
+/// Calls `body.template operator()<A>()` with the activation as a compile-time constant.
+template <class Body>
+inline void with_activation(Activation activation, Body&& body) {
+    switch (activation) {
+        case Activation::relu: return body.template operator()<Activation::relu>();
+        case Activation::relu2: return body.template operator()<Activation::relu2>();
+        case Activation::gelu: return body.template operator()<Activation::gelu>();
+        case Activation::silu: return body.template operator()<Activation::silu>();
+    }
+}
+
+}  // namespace steelyard::cpu
