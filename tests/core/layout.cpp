@@ -41,6 +41,28 @@ struct Block {
     }
 };
 
+template <class T>
+struct Inner {
+    view<T, 2> weight;  // [E, d]
+
+    template <class Field>
+    void fields(Field&& field, const Dims& dims) {
+        field("weight", weight, dims.experts, dims.width);
+    }
+};
+
+template <class T>
+struct Pair {
+    Inner<T> first;
+    view<T, 1> second;  // [E]
+
+    template <class Field>
+    void fields(Field&& field, const Dims& dims) {
+        field.group("first", first, dims);
+        field("second", second, dims.experts);
+    }
+};
+
 struct alignas(layout_alignment) Memory {
     std::byte bytes[4096];
 };
@@ -94,16 +116,16 @@ TEST_CASE("each tensor of a bundle is named by its groups and itself") {
 
 TEST_CASE("a bundle that was placed passes its own check") {
     Memory memory;
-    CHECK(check_bundle("expert", "params", place<Block>(memory.bytes, Dims{3, 5}), Dims{3, 5}).ok());
+    CHECK(check_bundle("expert", "params", Absent::refused, place<Block>(memory.bytes, Dims{3, 5}), Dims{3, 5}).ok());
 }
 
 TEST_CASE("a bundle without elements needs no memory") {
-    CHECK(check_bundle("expert", "params", place<Linear>(nullptr, Dims{0, 5}), Dims{0, 5}).ok());
+    CHECK(check_bundle("expert", "params", Absent::refused, place<Linear>(nullptr, Dims{0, 5}), Dims{0, 5}).ok());
 }
 
 TEST_CASE("a tensor of other extents is refused with both extents") {
     Memory memory;
-    const Status status = check_bundle("expert", "params", filled(memory, Dims{3, 5}), Dims{3, 4});
+    const Status status = check_bundle("expert", "params", Absent::refused, filled(memory, Dims{3, 5}), Dims{3, 4});
     CHECK(status.code() == Code::invalid_argument);
     CHECK(status.message() == "steelyard: expert: params.weight: expected [3, 4], came [3, 5]");
 }
@@ -112,7 +134,7 @@ TEST_CASE("an absent tensor is refused as a null pointer") {
     Memory memory;
     Linear linear = filled(memory, Dims{3, 5});
     linear.bias.data = nullptr;
-    const Status status = check_bundle("expert", "params", linear, Dims{3, 5});
+    const Status status = check_bundle("expert", "params", Absent::refused, linear, Dims{3, 5});
     CHECK(status.message() == "steelyard: expert: params.bias: expected a tensor of [3], came a null pointer");
 }
 
@@ -154,13 +176,44 @@ TEST_CASE("the first fault of a bundle is the one reported, by its full name") {
     Block block = place<Block>(memory.bytes, Dims{3, 5});
     block.count.data = nullptr;
     block.up.bias.data = nullptr;
-    const Status status = check_bundle("expert", "", block, Dims{3, 5});
+    const Status status = check_bundle("expert", "", Absent::refused, block, Dims{3, 5});
     CHECK(status.tensor() == "count");
     block.count.data = reinterpret_cast<std::int32_t*>(memory.bytes);
-    const Status inner = check_bundle("expert", "", block, Dims{3, 5});
+    const Status inner = check_bundle("expert", "", Absent::refused, block, Dims{3, 5});
     CHECK(inner.tensor() == "up.bias");
     block.up.weight.data = nullptr;
-    CHECK(check_bundle("expert", "", block, Dims{3, 5}).tensor() == "up.weight");
+    CHECK(check_bundle("expert", "", Absent::refused, block, Dims{3, 5}).tensor() == "up.weight");
+}
+
+TEST_CASE("a tensor of a group is named by the bundle, the group and itself") {
+    Memory memory;
+    Block block = place<Block>(memory.bytes, Dims{3, 5});
+    block.up.bias.data = nullptr;
+    CHECK(check_bundle("expert", "params", Absent::refused, block, Dims{3, 5}).tensor() == "params.up.bias");
+}
+
+TEST_CASE("an absent tensor is taken where that is fine, one of other extents is not") {
+    Memory memory;
+    Block block = place<Block>(memory.bytes, Dims{3, 5});
+    block.count.data = nullptr;
+    block.up.bias.data = nullptr;
+    CHECK(check_bundle("expert", "params", Absent::fine, block, Dims{3, 5}).ok());
+    block.up.weight.extents[1] = 6;
+    CHECK(check_bundle("expert", "params", Absent::fine, block, Dims{3, 5}).message() ==
+          "steelyard: expert: params.up.weight: expected [3, 5], came [3, 6]");
+}
+
+TEST_CASE("the read-only twin of a bundle is the same memory with the same strides") {
+    Memory memory;
+    Pair<float> pair = place<Pair<float>>(memory.bytes, Dims{3, 5});
+    pair.first.weight.strides[0] = 8;
+    const auto twin = read_only<Pair<const float>>(pair, Dims{3, 5});
+    CHECK(twin.first.weight.data == pair.first.weight.data);
+    CHECK(twin.first.weight.extents[1] == 5);
+    CHECK(twin.first.weight.strides[0] == 8);
+    CHECK(twin.first.weight.strides[1] == 1);
+    CHECK(twin.second.data == pair.second.data);
+    CHECK(twin.second.extents[0] == 3);
 }
 
 TEST_CASE("a block of memory that is too small or misaligned is refused") {
