@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../../examples/pretrain/record.hpp"
+#include "pretrain/record.hpp"
 #include "steelyard/core/random.hpp"
 
 namespace fabricated {
