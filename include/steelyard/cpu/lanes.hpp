@@ -76,7 +76,7 @@ inline T exp_negative(T x) {
     constexpr T ln2_high = single ? T(0.693359375) : T(0x1.62e4p-1);  // few bits: n * ln2_high is exact
     constexpr T ln2_low = static_cast<T>(0.693147180559945309417232L - static_cast<long double>(ln2_high));
     constexpr int mantissa = single ? 23 : 52;
-    static constexpr auto series = detail::inverse_factorials<T, single ? 8 : 14>();
+    static constexpr auto series = detail::inverse_factorials < T, single ? 8 : 14 > ();
 
     const T shifted = x * T(1.44269504088896340736) + round;
     const T n = shifted - round;
@@ -91,7 +91,7 @@ inline T exp_negative(T x) {
 /// log(1 + u) for u in [0, 1], to a few units in the last place: 2 artanh(u / (2 + u)) by its series.
 template <class T>
 inline T log1p_unit(T u) {
-    static constexpr auto series = detail::inverse_odds<T, sizeof(T) == 4 ? 8 : 17>();
+    static constexpr auto series = detail::inverse_odds < T, sizeof(T) == 4 ? 8 : 17 > ();
     const T s = u / (T(2) + u);
     return T(2) * s * detail::horner(s * s, series);
 }

@@ -21,7 +21,8 @@ template <class T>
 void jitter_row(const RouterNoise& noise, const Philox& stream, index_t token, index_t width, index_t begin,
                 index_t end, const T* x, T* out) {
     for (index_t j = begin; j < end; j += 4) {
-        const auto factors = noise.jitter_factors(stream, noise.position(token), static_cast<std::uint64_t>(j / 4), width);
+        const auto factors =
+            noise.jitter_factors(stream, noise.position(token), static_cast<std::uint64_t>(j / 4), width);
         for (index_t i = 0; i < std::min<index_t>(4, end - j); ++i)
             out[j - begin + i] = static_cast<T>(x[j - begin + i] * factors[static_cast<std::size_t>(i)]);
     }
@@ -64,8 +65,8 @@ struct router_ops<Cpu> {
             if (noise.noise == 0.0) return;
             for (index_t t = begin; t < end; ++t)
                 for (index_t j = 0; j < experts; j += 4) {
-                    const auto added = noise.logit_noise(noise_stream, noise.position(t),
-                                                         static_cast<std::uint64_t>(j / 4), experts);
+                    const auto added =
+                        noise.logit_noise(noise_stream, noise.position(t), static_cast<std::uint64_t>(j / 4), experts);
                     for (index_t i = 0; i < std::min<index_t>(4, experts - j); ++i)
                         logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
                 }
@@ -112,9 +113,9 @@ struct router_ops<Cpu> {
                     std::fill(out, out + experts, T(0));
                 else
                     cpu::detail::token_backward<T>(rule, experts, &routing.logits(t, 0), &routing.probs(t, 0),
-                                      &routing.expert(t, 0), &routing.weight(t, 0),
-                                      grad.weight.present() ? &grad.weight(t, 0) : nullptr,
-                                      grad.probs.present() ? &grad.probs(t, 0) : nullptr, out);
+                                                   &routing.expert(t, 0), &routing.weight(t, 0),
+                                                   grad.weight.present() ? &grad.weight(t, 0) : nullptr,
+                                                   grad.probs.present() ? &grad.probs(t, 0) : nullptr, out);
             }
         });
     }
@@ -195,7 +196,8 @@ private:
                         if (mask.present() && mask[t] == 0)
                             std::fill(to, to + columns, T(0));
                         else if (noise.jitter != 0.0)
-                            cpu::detail::jitter_row(noise, stream, t, width, column, column + columns, &x(t, column), to);
+                            cpu::detail::jitter_row(noise, stream, t, width, column, column + columns, &x(t, column),
+                                                    to);
                         else
                             std::copy_n(&x(t, column), columns, to);
                     }

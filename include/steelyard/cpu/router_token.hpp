@@ -57,7 +57,8 @@ void take_best(B* key, index_t size, index_t count, expert_t* out, expert_t* ord
             B best = gone;
             for (index_t j = 0; j < size; ++j) best = std::max(best, key[j]);
             B at = static_cast<B>(size);
-            for (index_t j = 0; j < size; ++j) at = std::min(at, key[j] == best ? static_cast<B>(j) : static_cast<B>(size));
+            for (index_t j = 0; j < size; ++j)
+                at = std::min(at, key[j] == best ? static_cast<B>(j) : static_cast<B>(size));
             out[k] = static_cast<expert_t>(at);
             key[at] = gone;
         }
@@ -102,8 +103,7 @@ bool select_token(const SelectionRule& rule, const float* bias, index_t experts,
     std::fill(score + experts, score + size, T(0));
     constexpr B exponent = std::bit_cast<B>(std::numeric_limits<T>::infinity());
     B not_finite = 0;
-    for (index_t j = 0; j < size; ++j)
-        not_finite |= (std::bit_cast<B>(score[j]) & exponent) == exponent ? B(1) : B(0);
+    for (index_t j = 0; j < size; ++j) not_finite |= (std::bit_cast<B>(score[j]) & exponent) == exponent ? B(1) : B(0);
     for (index_t j = 0; j < size; ++j) key[j] = ordered(score[j]);  // both scores rise with the logit
     if (sigmoid_scores)
         for (index_t j = 0; j < size; ++j) score[j] = log_sigmoid(score[j]);
@@ -166,8 +166,8 @@ bool select_token(const SelectionRule& rule, const float* bias, index_t experts,
 ///     from sigmoid scores:        dl_ek = w_k dw_k
 /// and dz = dl for softmax, dl (1 - sigmoid(z)) for sigmoid.
 template <class T>
-void token_backward(const SelectionRule& rule, index_t experts, const T* logits, const T* probs,
-                           const expert_t* expert, const T* weight, const T* dweight, const T* dprobs, T* dlogits) {
+void token_backward(const SelectionRule& rule, index_t experts, const T* logits, const T* probs, const expert_t* expert,
+                    const T* weight, const T* dweight, const T* dprobs, T* dlogits) {
     const bool sigmoid_scores = rule.score == Score::sigmoid;
     const bool renormalized = rule.weight == GateWeight::renormalized;
     T from_weights = 0;
@@ -175,11 +175,10 @@ void token_backward(const SelectionRule& rule, index_t experts, const T* logits,
         for (int k = 0; k < rule.top_k; ++k) from_weights += weight[k] * dweight[k];
 
     const bool weights_are_probs = !renormalized && !sigmoid_scores;
-    const T mean = (dprobs != nullptr ? row_dot(probs, dprobs, experts) : T(0)) +
-                   (weights_are_probs ? from_weights : T(0));
+    const T mean =
+        (dprobs != nullptr ? row_dot(probs, dprobs, experts) : T(0)) + (weights_are_probs ? from_weights : T(0));
     if (dprobs != nullptr && sigmoid_scores) {
-        for (index_t j = 0; j < experts; ++j)
-            dlogits[j] += probs[j] * (dprobs[j] - mean) * sigmoid(-logits[j]);
+        for (index_t j = 0; j < experts; ++j) dlogits[j] += probs[j] * (dprobs[j] - mean) * sigmoid(-logits[j]);
     } else if (dprobs != nullptr) {
         for (index_t j = 0; j < experts; ++j) dlogits[j] += probs[j] * (dprobs[j] - mean);
     } else if (weights_are_probs) {

@@ -14,8 +14,8 @@ namespace steelyard {
 ///      are -1 or in [0, E), and T K is below 2^31.
 ///  void dispatch<T>(device, plan, x[T,d], rows[N,d] (=))
 ///      rows[r] = x[choice[r] / K]. Experts gather inside their own loops; this is the stage alone.
-///  void combine<T>(device, plan, rows[N,d], weight[T,K] or absent, y[T,d] (=))
-///      y[t] = sum_k weight[t,k] * rows[row[t,k]] in the order of k; absent weights are 1, missing rows 0.
+///  void combine<T>(device, plan, rows[N,d], weight[T,K] or absent, y[T,d] (= or +=), write = Write::assign)
+///      y[t] = (or +=) sum_k weight[t,k] * rows[row[t,k]] in the order of k; absent weights are 1, missing rows 0.
 ///      With absent weights this is the transpose of dispatch.
 ///  void combine_backward<T>(device, plan, rows[N,d], dy[T,d], dweight[T,K] (+=))
 ///      dweight[t,k] += <dy[t], rows[row[t,k]]>.

@@ -28,9 +28,9 @@ struct SelectionRule {
     int top_k = 1;
     Score score = Score::softmax;
     GateWeight weight = GateWeight::score;
-    double scale = 1.0;    ///< routed scaling factor: multiplies the weights
-    int groups = 1;        ///< n_group: experts in equal contiguous groups
-    int kept_groups = 1;   ///< topk_group: only experts of the best groups may be chosen
+    double scale = 1.0;   ///< routed scaling factor: multiplies the weights
+    int groups = 1;       ///< n_group: experts in equal contiguous groups
+    int kept_groups = 1;  ///< topk_group: only experts of the best groups may be chosen
     GroupScore group_score = GroupScore::max;
 
     friend bool operator==(const SelectionRule&, const SelectionRule&) = default;
@@ -81,7 +81,8 @@ struct RouterNoise {
         const auto words = stream.words(position * blocks(experts) + block);
         std::array<double, 4> added{};
         for (int i = 0; i < 4; i += 2) {
-            const double unit = (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1): the logarithm is finite
+            const double unit =
+                (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1): the logarithm is finite
             const double radius = noise * std::sqrt(-2.0 * std::log(unit));
             const double angle = 6.283185307179586476925 * 0x1.0p-32 * static_cast<double>(words[i + 1]);
             added[i] = radius * std::cos(angle);

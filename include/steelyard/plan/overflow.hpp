@@ -47,10 +47,10 @@ concept DropsWith = requires(const O& overflow, const AnyOverflowDevice& device,
 /// `check_overflow_laws` (plan/laws.hpp) tests a rule against 4 and 5.
 template <class O>
 concept Overflow = std::copyable<O> && std::equality_comparable<O> &&
-                   requires(const O& overflow, const LayerShape& shape) {
-                       { O::drops } -> std::convertible_to<bool>;
-                       { overflow.check(shape, int{}) } -> std::same_as<Status>;
-                   } && (!O::drops || (detail::DropsWith<O, float> && detail::DropsWith<O, double>));
+    requires(const O& overflow, const LayerShape& shape) {
+    { O::drops } -> std::convertible_to<bool>;
+    { overflow.check(shape, int{}) } -> std::same_as<Status>;
+} &&(!O::drops || (detail::DropsWith<O, float> && detail::DropsWith<O, double>));
 
 /// Every choice gets a row: no capacity, no padding (MegaBlocks, 2211.15841).
 struct Dropless {

@@ -33,7 +33,9 @@ concept RoutesWith = requires(const R& router, const AnyDevice& device, const La
                               view<const float, 1> bias, const TokenInfo<>& info, Routing<T> routing,
                               RoutingGrad<T> grad, view<T, 2> dx, std::byte* scratch) {
     { router.template scratch_bytes<T>(device, shape) } -> std::same_as<index_t>;
-    { router.template route<T>(device, params, x, bias, info, std::uint32_t{0}, routing, scratch) } -> std::same_as<Status>;
+    {
+        router.template route<T>(device, params, x, bias, info, std::uint32_t{0}, routing, scratch)
+        } -> std::same_as<Status>;
     router.template backward<T>(device, params, x, info, std::uint32_t{0}, routing, grad, dx, grads, scratch);
 };
 
@@ -62,7 +64,8 @@ concept RoutesWith = requires(const R& router, const AnyDevice& device, const La
 ///    keyed by (seed, step, layer, token_offset + t), so they do not depend on how the batch is split. With
 ///    `Mode::evaluate` there are none.
 /// 8. Nothing is allocated and no state of the balance is touched.
-/// 9. `backward<T>(device, params, x, info, layer, routing, grad, dx (+=), grads (+=), scratch)` gets the `routing` that
+/// 9. `backward<T>(device, params, x, info, layer, routing, grad, dx (+=), grads (+=), scratch)` gets the `routing`
+/// that
 ///    `route` wrote with the same arguments. It reads grad.weight and grad.probs, accumulates into grad.logits
 ///    (what was there, from losses on the logits, counts too), then into `dx` and `grads`. The choice itself has
 ///    no gradient. A tensor of `grads` that is absent is frozen, an absent `dx` is not wanted, absent grad.weight
@@ -71,11 +74,11 @@ concept RoutesWith = requires(const R& router, const AnyDevice& device, const La
 /// `check_router_laws` (router/laws.hpp) tests a router against 5 to 9.
 template <class R>
 concept Router = std::copyable<R> && std::equality_comparable<R> &&
-                 requires(const R& router, const LayerShape& shape,
-                          typename R::template Params<float, HostSpace>& params, const detail::AnyField& field) {
-                     { router.top_k() } -> std::same_as<int>;
-                     { router.check(shape) } -> std::same_as<Status>;
-                     params.fields(field, router, shape);
-                 } && detail::RoutesWith<R, float> && detail::RoutesWith<R, double>;
+    requires(const R& router, const LayerShape& shape, typename R::template Params<float, HostSpace>& params,
+             const detail::AnyField& field) {
+    { router.top_k() } -> std::same_as<int>;
+    { router.check(shape) } -> std::same_as<Status>;
+    params.fields(field, router, shape);
+} && detail::RoutesWith<R, float> && detail::RoutesWith<R, double>;
 
 }  // namespace steelyard

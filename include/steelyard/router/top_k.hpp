@@ -86,9 +86,7 @@ struct TopK {
     [[nodiscard]] int top_k() const { return k; }
 
     /// The selection alone, as the device's kernels read it.
-    [[nodiscard]] SelectionRule rule() const {
-        return {k, score, weight, scale, groups, kept_groups, group_score};
-    }
+    [[nodiscard]] SelectionRule rule() const { return {k, score, weight, scale, groups, kept_groups, group_score}; }
 
     /// Refuses options that do not fit the shape.
     [[nodiscard]] Status check(const LayerShape& shape) const {
@@ -135,7 +133,7 @@ struct TopK {
     /// Writes the routing (=) of the tokens of x. See contract 5 to 8 of Router.
     template <class T, class Device>
     Status route(const Device& device, const Params<const T, typename Device::space>& params,
-                 view<const T, 2, typename Device::space> x,                  // [T, d]
+                 view<const T, 2, typename Device::space> x,                   // [T, d]
                  view<const float, 1, typename Device::space> selection_bias,  // [E] or absent
                  const TokenInfo<typename Device::space>& info, std::uint32_t layer,
                  Routing<T, typename Device::space> routing, std::byte* scratch) const {
@@ -150,8 +148,7 @@ struct TopK {
     void backward(const Device& device, const Params<const T, typename Device::space>& params,
                   view<const T, 2, typename Device::space> x,  // [T, d]
                   const TokenInfo<typename Device::space>& info, std::uint32_t layer,
-                  const Routing<T, typename Device::space>& routing,
-                  const RoutingGrad<T, typename Device::space>& grad,
+                  const Routing<T, typename Device::space>& routing, const RoutingGrad<T, typename Device::space>& grad,
                   view<T, 2, typename Device::space> dx,  // [T, d]
                   const Params<T, typename Device::space>& grads, std::byte* scratch) const {
         using ops = router_ops<Device>;
@@ -176,8 +173,8 @@ private:
                     came = std::to_string(logits(token, e)) + " for expert " + std::to_string(e);
                     break;
                 }
-        return Status::refuse(Code::not_finite, "router", "logits of token " + std::to_string(token),
-                              "finite numbers", came);
+        return Status::refuse(Code::not_finite, "router", "logits of token " + std::to_string(token), "finite numbers",
+                              came);
     }
 };
 
