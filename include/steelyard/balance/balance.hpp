@@ -119,8 +119,15 @@ struct Balance {
 
     /// Counts this call's choices into the record and, where they travel, onto the wire.
     template <class Device, class T, class Space>
-    void observe(const Device& device, const Observation<T, Space>& seen, const State<Space>&,
-                 const Record<Space>& record, [[maybe_unused]] Wire<Space>& wire) const {
+    void observe(const Device& device, const Observation<T, Space>& seen,
+                 [[maybe_unused]] const State<Space>& state, const Record<Space>& record,
+                 [[maybe_unused]] Wire<Space>& wire) const {
+        if constexpr (communicates) {
+            if (state.log.holds(seen.tokens.step)) {  // a replay: conclude takes the load from the log
+                (void)wire.take(record.load.extents[1]);
+                return;
+            }
+        }
         if constexpr (ScopeT::needs_rank_tokens)
             balance_ops<Device>::template count_drawn<T>(device, seen, scope.draw(seen), record.load);
         else if constexpr (ScopeT::counts)
@@ -157,13 +164,16 @@ struct Balance {
 
     /// Adds (+=) the gradient of this call's share of the total loss, times StepInfo::grad_scale.
     template <class Device, class T, class Space>
-    void gradient(const Device& device, const Observation<T, Space>& seen, const Record<Space>& record,
-                  const RoutingGrad<T, Space>& grad) const {
-        const double factor = weight(seen) * seen.tokens.step.grad_scale;
+    void gradient([[maybe_unused]] const Device& device, [[maybe_unused]] const Observation<T, Space>& seen,
+                  [[maybe_unused]] const Record<Space>& record,
+                  [[maybe_unused]] const RoutingGrad<T, Space>& grad) const {
+        [[maybe_unused]] const double scale = seen.tokens.step.grad_scale;
         if constexpr (LoadObjective<ObjectiveT>)
-            balance_ops<Device>::template add_to_probs<T>(device, seen, record.slopes, factor, grad.probs);
+            balance_ops<Device>::template add_to_probs<T>(device, seen, record.slopes, scale * weight(seen),
+                                                          grad.probs);
         else if constexpr (TokenObjective<ObjectiveT>)
-            balance_ops<Device>::template add_token_gradient<T>(device, seen, objective, factor, grad.logits);
+            balance_ops<Device>::template add_token_gradient<T>(device, seen, objective, scale * weight(seen),
+                                                                grad.logits);
     }
 
     /// This call's share of the total loss, before grad_scale. Summed over ranks and micro-steps: the total.

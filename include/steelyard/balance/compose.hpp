@@ -127,7 +127,7 @@ private:
     template <class Body, class... Tuples>
     constexpr void each(Body&& body, Tuples&... tuples) const {
         [&]<std::size_t... I>(std::index_sequence<I...>) {
-            const auto at = [&]<std::size_t J>(std::integral_constant<std::size_t, J>) {
+            [[maybe_unused]] const auto at = [&]<std::size_t J>(std::integral_constant<std::size_t, J>) {
                 body(std::get<J>(parts), std::get<J>(tuples)...);
             };
             (at(std::integral_constant<std::size_t, I>{}), ...);

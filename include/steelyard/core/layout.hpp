@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "steelyard/core/status.hpp"
 #include "steelyard/core/view.hpp"
@@ -28,6 +29,9 @@ namespace steelyard {
 
 /// Every tensor of a bundle begins at a multiple of this many bytes from the block's start.
 inline constexpr index_t layout_alignment = 64;
+
+/// A bundle that is turned into its read-only twin has at most this many tensors.
+inline constexpr int max_tensors = 32;
 
 /// A block that a bundle is placed in should itself be aligned to `layout_alignment`.
 [[nodiscard]] inline bool is_aligned(const void* pointer) {
@@ -114,23 +118,26 @@ namespace detail {
 /// Checks every tensor of a bundle; keeps the first refusal.
 struct Check {
     std::string_view stage;
-    std::string_view prefix;
-    Status status;
+    std::string_view outer, inner;  // group names, outermost first
+    bool absent_is_fine = false;
+    Status status = {};
 
     template <class T, int Rank, class Space, class... Extents>
     void operator()(std::string_view name, view<T, Rank, Space>& tensor, Extents... extents) {
-        if (!status) return;
+        if (!status || (absent_is_fine && !tensor.present())) return;
         Status found = check_view(stage, name, tensor, extents...);
         if (found) return;
-        const std::string full = prefix.empty() ? std::string(name) : std::string(prefix) + "." + std::string(name);
-        status = Status::refuse(found.code(), stage, full, found.expected(), found.came());
+        std::string full;
+        for (const auto& group : {outer, inner})
+            if (!group.empty()) full += std::string(group) + ".";
+        status = Status::refuse(found.code(), stage, full + std::string(name), found.expected(), found.came());
     }
 
     template <class Bundle, class... Dims>
     void group(std::string_view name, Bundle& bundle, const Dims&... dims) {
-        Check inner{stage, name.empty() ? prefix : name, {}};
-        bundle.fields(inner, dims...);
-        if (status && !inner.status) status = std::move(inner.status);
+        Check nested{stage, outer, name, absent_is_fine};
+        bundle.fields(nested, dims...);
+        if (status && !nested.status) status = std::move(nested.status);
     }
 };
 
@@ -154,10 +161,13 @@ template <class Bundle, class... Dims>
     return bundle;
 }
 
-/// Checks each tensor of a bundle that the caller filled in.
+/// Whether every tensor of a bundle must be there.
+enum class Absent { refused, fine };
+
+/// Checks each tensor of a bundle that the caller filled in; a refusal names it "name.group.leaf".
 template <class Bundle, class... Dims>
-Status check_bundle(std::string_view stage, std::string_view group, Bundle bundle, const Dims&... dims) {
-    detail::Check check{stage, group, {}};
+Status check_bundle(std::string_view stage, std::string_view name, Absent absent, Bundle bundle, const Dims&... dims) {
+    detail::Check check{stage, name, {}, absent == Absent::fine};
     bundle.fields(check, dims...);
     return std::move(check.status);
 }
@@ -172,6 +182,51 @@ inline Status check_block(std::string_view stage, std::string_view name, std::sp
         return Status::refuse(Code::invalid_argument, stage, name,
                               "memory aligned to " + std::to_string(layout_alignment) + " bytes", "a misaligned pointer");
     return {};
+}
+
+namespace detail {
+
+/// Takes pointers and strides out of one bundle, then puts them into its read-only twin.
+struct Transfer {
+    struct Item {
+        const void* data;
+        index_t strides[4];
+    };
+    Item items[max_tensors];
+    int count = 0;
+    bool collecting = true;
+
+    template <class T, int Rank, class Space, class... Extents>
+    void operator()(std::string_view, view<T, Rank, Space>& tensor, Extents... extents) {
+        static_assert(Rank <= 4);
+        Item& item = items[count++];
+        if (collecting) {
+            item.data = tensor.data;
+            for (int r = 0; r < Rank; ++r) item.strides[r] = tensor.strides[r];
+        } else if constexpr (std::is_const_v<T>) {
+            tensor = view<T, Rank, Space>(static_cast<T*>(item.data), extents...);
+            for (int r = 0; r < Rank; ++r) tensor.strides[r] = item.strides[r];
+        }
+    }
+
+    template <class Bundle, class... Dims>
+    void group(std::string_view, Bundle& bundle, const Dims&... dims) {
+        bundle.fields(*this, dims...);
+    }
+};
+
+}  // namespace detail
+
+/// The read-only twin `ReadOnly` of a bundle (the same template with const elements).
+template <class ReadOnly, class Bundle, class... Dims>
+[[nodiscard]] ReadOnly read_only(Bundle bundle, const Dims&... dims) {
+    detail::Transfer transfer;
+    bundle.fields(transfer, dims...);
+    ReadOnly twin;
+    transfer.count = 0;
+    transfer.collecting = false;
+    twin.fields(transfer, dims...);
+    return twin;
 }
 
 /// Calls `visit(std::string name, view)` for each tensor of a bundle, in order.

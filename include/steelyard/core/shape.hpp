@@ -12,6 +12,7 @@ struct LayerShape {
     index_t experts = 0;      ///< E
     index_t sequences = 1;    ///< S: most packed sequences of one call
     index_t micro_steps = 1;  ///< A: most accumulation steps of one optimizer step
+    index_t ranks = 1;        ///< R: most ranks of the data group; only scopes that draw over ranks need it
 
     friend bool operator==(const LayerShape&, const LayerShape&) = default;
 };

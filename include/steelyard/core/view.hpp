@@ -15,6 +15,9 @@ struct HostSpace {};
 /// Memory that only CUDA kernels may dereference.
 struct CudaSpace {};
 
+/// Whether a result is written over a tensor or added to it.
+enum class Write { assign, add };
+
 /// A non-owning, trivially copyable tensor: pointer, extents and strides (in elements).
 ///
 /// Const-ness is in `T`: `view<const float, 2>` is a read-only matrix. A view with a null pointer is

@@ -130,7 +130,7 @@ private:
 
     template <class T, class Body>
     static void each_segment(const Observation<T>& seen, index_t segments, Body&& body) {
-        if (segments == 1 && !(seen.tokens.sequences.present() && seen.tokens.sequences.extents[0] == 2)) {
+        if (segments == 1) {
             body(index_t{0}, index_t{0}, seen.count());
             return;
         }

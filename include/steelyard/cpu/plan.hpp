@@ -76,12 +76,12 @@ struct plan_ops<Cpu> {
 
     template <class T>
     static void combine(const Cpu& device, const Plan<>& plan, view<const T, 2> rows, view<const T, 2> weight,
-                        view<T, 2> y) {
+                        view<T, 2> y, Write write = Write::assign) {
         const index_t tokens = y.extents[0], top_k = plan.top_k(), width = y.extents[1];
         cpu::parallel_for(device, tasks_of(tokens), [&](index_t task, int) {
             for (index_t t = task * row_block; t < std::min(tokens, (task + 1) * row_block); ++t) {
                 T* const out = &y(t, 0);
-                bool first = true;
+                bool first = write == Write::assign;
                 for (index_t k = 0; k < top_k; ++k) {
                     const std::int32_t r = plan.row(t, k);
                     if (r < 0) continue;

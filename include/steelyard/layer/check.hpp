@@ -1,0 +1,156 @@
+// What a layer checks at its boundary before it touches anything.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "steelyard/core/layout.hpp"
+#include "steelyard/layer/memory.hpp"
+#include "steelyard/layer/stack.hpp"
+
+namespace steelyard {
+
+namespace detail {
+
+inline Status refuse_number(std::string_view stage, std::string_view name, std::string expected, std::int64_t came) {
+    return Status::refuse(Code::invalid_argument, stage, name, std::move(expected), std::to_string(came));
+}
+
+/// The bytes from a view's first to its last element.
+template <class T, int Rank, class Space>
+std::span<const std::byte> extent_of(const view<T, Rank, Space>& tensor) {
+    if (tensor.size() == 0) return {};
+    index_t last = 0;
+    for (int r = 0; r < Rank; ++r) last += (tensor.extents[r] - 1) * tensor.strides[r];
+    return {reinterpret_cast<const std::byte*>(tensor.data), static_cast<std::size_t>(last + 1) * sizeof(T)};
+}
+
+}  // namespace detail
+
+/// Refuses a tensor that is written while another, read one shares memory with it.
+template <class A, class B>
+Status check_apart(std::string_view stage, std::string_view written_name, const A& written, std::string_view read_name,
+                   const B& read) {
+    const auto a = detail::extent_of(written), b = detail::extent_of(read);
+    const bool apart = a.empty() || b.empty() || a.data() + a.size() <= b.data() || b.data() + b.size() <= a.data();
+    if (apart) return {};
+    return Status::refuse(Code::invalid_argument, stage, written_name, "memory apart from " + std::string(read_name),
+                          "memory that overlaps it");
+}
+
+/// Sizes of a layer and options of its policies.
+template <class Config>
+Status check_config(const Config& config) {
+    constexpr std::string_view stage = "layer.config";
+    const LayerShape& shape = config.shape;
+    const auto at_least = [&](std::string_view name, index_t value, index_t least) {
+        return value >= least ? Status{}
+                              : detail::refuse_number(stage, name, "at least " + std::to_string(least), value);
+    };
+    if (Status s = at_least("shape.tokens", shape.tokens, 0); !s) return s;
+    if (Status s = at_least("shape.width", shape.width, 1); !s) return s;
+    if (Status s = at_least("shape.experts", shape.experts, 1); !s) return s;
+    if (Status s = at_least("shape.sequences", shape.sequences, 1); !s) return s;
+    if (Status s = at_least("shape.micro_steps", shape.micro_steps, 1); !s) return s;
+    if (Status s = at_least("shape.ranks", shape.ranks, 1); !s) return s;
+    if (Status s = at_least("device.threads", config.device.threads, 1); !s) return s;
+    if (Status s = config.router.check(shape); !s) return s;
+    using Parts = ExpertParts<std::remove_cvref_t<decltype(config.expert)>>;
+    if (Status s = Parts::routed(config.expert).check(shape); !s) return s;
+    if (Status s = Parts::shared(config.expert).check(shape); !s) return s;
+    if (Status s = config.overflow.check(shape, config.router.top_k()); !s) return s;
+    if (shape.tokens * config.router.top_k() > std::numeric_limits<std::int32_t>::max())
+        return detail::refuse_number(stage, "shape.tokens", "tokens * top_k below 2^31", shape.tokens);
+    return {};
+}
+
+/// The call's token count, mask, packed sequences and place in the step.
+template <class Space>
+Status check_tokens(std::string_view stage, const LayerShape& shape, index_t count, const TokenInfo<Space>& tokens,
+                    bool remembers) {
+    if (count > shape.tokens)
+        return detail::refuse_number(stage, "x", "at most shape.tokens = " + std::to_string(shape.tokens) + " rows",
+                                     count);
+    std::int64_t valid = count;
+    if (tokens.mask.present()) {
+        if (Status s = check_view(stage, "mask", tokens.mask, count); !s) return s;
+        valid = 0;
+        for (index_t t = 0; t < count; ++t) valid += tokens.mask[t] != 0;
+    }
+    if (tokens.sequences.present()) {
+        const auto& offsets = tokens.sequences;
+        const index_t sequences = offsets.extents[0] - 1;
+        if (sequences < 1 || sequences > shape.sequences)
+            return detail::refuse_number(stage, "sequences",
+                                         "2 to shape.sequences + 1 = " + std::to_string(shape.sequences + 1) + " offsets",
+                                         offsets.extents[0]);
+        if (!offsets.contiguous_rows())
+            return Status::refuse(Code::invalid_argument, stage, "sequences", "contiguous offsets", "a stride");
+        bool ascending = offsets[0] == 0 && offsets[sequences] == count;
+        for (index_t s = 0; s < sequences; ++s) ascending = ascending && offsets[s] <= offsets[s + 1];
+        if (!ascending)
+            return Status::refuse(Code::invalid_argument, stage, "sequences",
+                                  "ascending offsets from 0 to " + std::to_string(count),
+                                  "offsets from " + std::to_string(offsets[0]) + " to " +
+                                      std::to_string(offsets[sequences]));
+    }
+    const StepInfo& at = tokens.step;
+    if (at.step < 0) return detail::refuse_number(stage, "step.step", "at least 0", at.step);
+    if (at.micro_step < 0 || (remembers && at.micro_step >= shape.micro_steps))
+        return detail::refuse_number(stage, "step.micro_step",
+                                     "below shape.micro_steps = " + std::to_string(shape.micro_steps), at.micro_step);
+    if (at.total_tokens != 0 && at.total_tokens < valid)
+        return detail::refuse_number(stage, "step.total_tokens",
+                                     "0, or at least this call's " + std::to_string(valid) + " valid tokens",
+                                     at.total_tokens);
+    return {};
+}
+
+/// A context that is in the phase which the stage needs.
+inline Status check_call(std::string_view stage, const CallInfo& call, CallInfo::Phase needed) {
+    const bool written = call.magic == CallInfo::expected_magic;
+    if (written && call.phase == needed) return {};
+    std::string came = "a context that no forward has written";
+    if (written && call.phase == CallInfo::Phase::evaluated) came = "the context of an evaluation";
+    if (written && call.phase == CallInfo::Phase::counted) came = "a deferred forward that was not concluded";
+    if (written && call.phase == CallInfo::Phase::ready) came = "a context that is concluded already";
+    if (written && call.phase == CallInfo::Phase::none) came = "the context of a forward that was refused";
+    return Status::refuse(Code::invalid_argument, stage, "context",
+                          needed == CallInfo::Phase::ready ? "the context of a training forward"
+                                                           : "the context of a deferred forward",
+                          std::move(came));
+}
+
+inline Status check_header(std::string_view stage, const StateHeader& found, const StateHeader& expected) {
+    if (found == expected) return {};
+    const auto text = [](const StateHeader& header) {
+        if (header.magic != StateHeader::expected_magic) return std::string("bytes that init_state has not written");
+        return "version " + std::to_string(header.version) + ", " + std::to_string(header.experts) + " experts, " +
+               std::to_string(header.micro_steps) + " micro-steps, " + std::to_string(header.bytes) + " bytes";
+    };
+    return Status::refuse(Code::bad_state, stage, "state", text(expected), text(found));
+}
+
+inline Status check_stack(std::string_view stage, const Stack& stack, index_t row, index_t words) {
+    if (row < 0 || row >= stack.layers())
+        return detail::refuse_number(stage, "row", "a row of the stack's " + std::to_string(stack.layers()), row);
+    if (stack.words() < words)
+        return detail::refuse_number(stage, "stack", "rows of at least " + std::to_string(words) + " words",
+                                     stack.words());
+    return {};
+}
+
+/// For scopes that draw over ranks.
+inline Status check_ranks(std::string_view stage, const LayerShape& shape, index_t ranks,
+                          const view<const std::int64_t, 1>& tokens_of_rank) {
+    if (ranks > shape.ranks)
+        return detail::refuse_number(stage, "comm", "at most shape.ranks = " + std::to_string(shape.ranks) + " ranks",
+                                     ranks);
+    if (tokens_of_rank.present()) return check_view(stage, "tokens_of_rank", tokens_of_rank, ranks);
+    return {};
+}
+
+}  // namespace steelyard

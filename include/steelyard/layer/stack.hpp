@@ -1,0 +1,56 @@
+// One reduction for the statistics of all layers, instead of one for each.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "steelyard/comm/concept.hpp"
+#include "steelyard/core/view.hpp"
+
+namespace steelyard {
+
+/// The wires of all layers of a model, [layers, words], summed over the data group at once.
+///
+/// Forward of layer l with `ForwardArgs::stack` set posts its counts to row l instead of summing them. After the last
+/// layer: `begin(comm)`, then whatever can be computed without the balance loss, `end(comm)`, and each layer's
+/// `conclude` before its backward. The same object serves the reductions at the end of a step.
+class Stack {
+public:
+    /// `memory` holds at least layers * words integers and outlives the stack; `words` is the largest of the layers'.
+    Stack(std::span<std::int64_t> memory, index_t layers, index_t words)
+        : rows_(memory.data(), layers, words), memory_(memory.first(static_cast<std::size_t>(layers * words))) {
+        clear();
+    }
+
+    [[nodiscard]] index_t layers() const { return rows_.extents[0]; }
+    [[nodiscard]] index_t words() const { return rows_.extents[1]; }
+    [[nodiscard]] view<std::int64_t, 1> row(index_t layer) const { return rows_[layer]; }
+
+    /// A layer has put counts into its row.
+    void post() { ++posted_; }
+
+    /// Starts the sum, if any layer posted: replays and rank-local policies have nothing to sum.
+    template <CommBackend Comm>
+    Status begin(const Comm& comm) {
+        return posted_ == 0 ? Status{} : comm.begin_sum(memory_);
+    }
+
+    /// Waits for the sum. The rows then hold it until `clear`.
+    template <CommBackend Comm>
+    Status end(const Comm& comm) {
+        return posted_ == 0 ? Status{} : comm.end_sum(memory_);
+    }
+
+    /// Zeroes all rows for the next round.
+    void clear() {
+        posted_ = 0;
+        for (auto& word : memory_) word = 0;
+    }
+
+private:
+    view<std::int64_t, 2> rows_;  // [layers, words]
+    std::span<std::int64_t> memory_;
+    int posted_ = 0;
+};
+
+}  // namespace steelyard

@@ -1,0 +1,262 @@
+// The stages of a layer, each from one bundle to the next, and the checks before them.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "steelyard/layer/check.hpp"
+#include "steelyard/layer/memory.hpp"
+#include "steelyard/ops/balance_ops.hpp"
+#include "steelyard/ops/plan_ops.hpp"
+
+namespace steelyard {
+
+/// What `MoE` is composed of. `Types` is a LayerTypes.
+template <class Types>
+class LayerStages {
+protected:
+    using T = typename Types::T;
+    using Space = typename Types::Space;
+    using Parts = typename Types::Parts;
+    using Balance = typename Types::Balance;
+    using Overflow = typename Types::Overflow;
+    using Config = typename Types::Config;
+    using Context = typename Types::Context;
+    using Workspace = typename Types::Workspace;
+    using State = typename Types::State;
+    using ForwardArgs = typename Types::ForwardArgs;
+    using BackwardArgs = typename Types::BackwardArgs;
+    using Plans = plan_ops<typename Types::Device>;
+
+    explicit LayerStages(const Config& config)
+        : config_(config),
+          dims_{config.shape, config.router, config.expert, config.balance, config.router.top_k(), scratch_bytes()} {}
+
+
+    [[nodiscard]] index_t scratch_bytes() const {
+        const auto& [shape, router, expert, balance, overflow, device, layer] = config_;
+        LayerShape one = shape;
+        one.experts = 1;
+        index_t bytes = std::max({router.template scratch_bytes<T>(device, shape),
+                                  Plans::scratch_bytes(device, shape, router.top_k()),
+                                  Parts::routed(expert).template scratch_bytes<T>(device, shape),
+                                  balance_ops<typename Types::Device>::scratch_bytes(device, shape)});
+        if constexpr (Parts::has_shared)
+            bytes = std::max(bytes, Parts::shared(expert).template scratch_bytes<T>(device, one));
+        if constexpr (Overflow::drops) 
+            bytes = std::max(bytes, overflow.template scratch_bytes<T>(device, shape, router.top_k()));
+        return bytes;
+    }
+
+    [[nodiscard]] StateHeader state_header() const {
+        return {StateHeader::expected_magic, StateHeader::current_version, config_.shape.experts, config_.shape.micro_steps,
+                bytes_of<State>(dims_)};
+    }
+    [[nodiscard]] State place_state(std::span<std::byte> state) const { return place<State>(state.data(), dims_); }
+    [[nodiscard]] auto selection_bias(const State& state, const StepInfo& at) const {
+        if constexpr (Balance::has_bias) return config_.balance.selection_bias(state.balance, at);
+        else return view<const float, 1, Space>{};
+    }
+    static std::span<std::int64_t> words(view<std::int64_t, 1, Space> wire, index_t count) {
+        return {wire.data, static_cast<std::size_t>(count)};
+    }
+    template <class V>
+    static void clear(const V& tensor) {
+        std::fill_n(tensor.data, tensor.size(), typename V::value_type{});
+    }
+
+    /// Whether `state` belongs to this layer.
+    Status check_state(std::string_view stage, std::span<const std::byte> state) const {
+        if (Status s = check_block(stage, "state", state, bytes_of<State>(dims_)); !s) return s;
+        if constexpr (Balance::remembers) {
+            const auto* found = reinterpret_cast<const StateHeader*>(state.data());
+            return check_header(stage, *found, state_header());
+        }
+        return {};
+    }
+
+    Status check_forward(const ForwardArgs& args) const {
+        constexpr std::string_view stage = "layer.forward";
+        if (Status s = check_config(config_); !s) return s;
+        const index_t count = args.x.extents[0];
+        if (Status s = check_tokens(stage, config_.shape, count, args.tokens, Balance::remembers); !s) return s;
+        if (Status s = check_view(stage, "x", args.x, count, config_.shape.width); !s) return s;
+        if (Status s = check_view(stage, "y", args.y, count, config_.shape.width); !s) return s;
+        if (Status s = check_apart(stage, "y", args.y, "x", args.x); !s) return s;
+        if (Status s = check_bundle(stage, "params", Absent::refused, args.params, dims_); !s) return s;
+        if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
+        if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
+        if (Balance::communicates && args.stack != nullptr)
+            if (Status s = check_stack(stage, *args.stack, args.row, config_.balance.wire_words(config_.shape)); !s) return s;
+        return check_state(stage, args.state);
+    }
+
+    Status check_backward(const BackwardArgs& args) const {
+        constexpr std::string_view stage = "layer.backward";
+        if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
+        if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
+        const CallInfo& call = place<Context>(args.context.data(), dims_).call[0];
+        if (Status s = check_call(stage, call, CallInfo::Phase::ready); !s) return s;
+        if (Status s = check_view(stage, "x", args.x, call.tokens, config_.shape.width); !s) return s;
+        if (Status s = check_view(stage, "dy", args.dy, call.tokens, config_.shape.width); !s) return s;
+        if (Status s = check_view(stage, "dx", args.dx, call.tokens, config_.shape.width); !s) return s;
+        if (Status s = check_apart(stage, "dx", args.dx, "x", args.x); !s) return s;
+        if (Status s = check_apart(stage, "dx", args.dx, "dy", args.dy); !s) return s;
+        if (Status s = check_bundle(stage, "params", Absent::refused, args.params, dims_); !s) return s;
+        return check_bundle(stage, "grads", Absent::fine, args.grads, dims_);
+    }
+
+    /// Copies what backward must know of the call; the caller's mask and offsets need not outlive forward.
+    TokenInfo<Space> remember_call(const Context& context, const ForwardArgs& args) const {
+        const index_t count = args.x.extents[0];
+        CallInfo& call = context.call[0];
+        call = {.magic = CallInfo::expected_magic, .tokens = count, .valid_tokens = count, .step = args.tokens.step};
+        if (args.tokens.mask.present()) {
+            call.masked = 1;
+            call.valid_tokens = 0;
+            for (index_t t = 0; t < count; ++t) {
+                context.mask[t] = args.tokens.mask[t];
+                call.valid_tokens += args.tokens.mask[t] != 0;
+            }
+        }
+        if (args.tokens.sequences.present()) {
+            call.sequences = args.tokens.sequences.extents[0] - 1;
+            for (index_t s = 0; s <= call.sequences; ++s) context.sequences[s] = args.tokens.sequences[s];
+        }
+        TokenInfo<Space> tokens = observation(context, count).tokens;
+        tokens.mode = args.tokens.mode;
+        return tokens;
+    }
+
+    [[nodiscard]] Observation<T, Space> observation(const Context& context, index_t count) const {
+        const CallInfo& call = context.call[0];
+        Observation<T, Space> seen;
+        seen.routing = context.routing.first(count);
+        if (call.masked) seen.tokens.mask = context.mask.slice(0, count);
+        if (call.sequences > 0) seen.tokens.sequences = context.sequences.slice(0, call.sequences + 1);
+        seen.tokens.step = call.step;
+        seen.valid_tokens = call.valid_tokens;
+        seen.layer = config_.layer;
+        return seen;
+    }
+
+    /// Counts, and starts their sum over the data group where the policy asks for one.
+    Status post_counts(const typename Types::Comm& comm, const ForwardArgs& args, const Context& context, const Workspace& workspace,
+                       const State& state, Observation<T, Space>& seen, bool& summing) const {
+        Wire<Space> wire(workspace.wire);
+        if constexpr (Balance::communicates) {
+            const bool exchanges = config_.balance.exchanges(state.balance, seen.tokens.step);
+            if constexpr (Balance::needs_rank_tokens) {
+                if (exchanges)
+                    if (Status s = know_rank_tokens(comm, args, workspace, seen); !s) return s;
+            }
+            if (args.stack != nullptr) wire = Wire<Space>(args.stack->row(args.row));
+            config_.balance.observe(config_.device, seen, state.balance, context.balance, wire);
+            if (!exchanges) return {};
+            if (args.stack != nullptr) {
+                args.stack->post();
+                return {};
+            }
+            summing = true;
+            return comm.begin_sum(words(workspace.wire, config_.balance.wire_words(config_.shape)));
+        } else {
+            (void)comm, (void)args, (void)summing;
+            config_.balance.observe(config_.device, seen, state.balance, context.balance, wire);
+            return {};
+        }
+    }
+
+    /// Valid tokens of each rank: the caller's word, or a small sum of one-hot vectors.
+    Status know_rank_tokens(const typename Types::Comm& comm, const ForwardArgs& args, const Workspace& workspace,
+                            Observation<T, Space>& seen) const {
+        const index_t ranks = comm.size();
+        seen.rank = comm.rank();
+        seen.tokens_of_rank = args.tokens_of_rank;
+        if (Status s = check_ranks("layer.forward", config_.shape, ranks, args.tokens_of_rank); !s) return s;
+        if (args.tokens_of_rank.present()) return {};
+        const auto counts = workspace.tokens_of_rank.slice(0, ranks);
+        clear(counts);
+        counts[comm.rank()] = seen.valid_tokens;
+        seen.tokens_of_rank = counts;
+        if (Status s = comm.begin_sum(words(counts, ranks)); !s) return s;
+        return comm.end_sum(words(counts, ranks));
+    }
+
+    void run_experts(const ForwardArgs& args, const Context& context, const Workspace& workspace,
+                     index_t count) const {
+        std::byte* scratch = workspace.scratch.data;
+        const auto routing = context.routing.first(count);
+        auto choices = routing.expert;
+        if constexpr (Overflow::drops) {
+            choices = context.admitted.slice(0, count);
+            std::copy_n(routing.expert.data, routing.expert.size(), choices.data);
+            config_.overflow.template admit<T>(config_.device, routing, observation(context, count).tokens, choices,
+                                               scratch);
+        }
+        const auto plan = context.plan.first(count);
+        const auto& inner = Types::keeps ? context.inner : workspace.inner;
+        Plans::make_plan(config_.device, view<const expert_t, 2, Space>(choices), plan, scratch);
+        Parts::routed(config_.expert)
+            .template forward<T>(config_.device, args.params.experts, args.x, plan, inner.experts, workspace.rows,
+                                 scratch);
+        if constexpr (Parts::has_shared) {
+            const auto all = workspace.all.slice(0, count);
+            const auto tokens = observation(context, count);
+            for (index_t t = 0; t < count; ++t) all(t, 0) = tokens.valid(t) ? 0 : -1;
+            const auto shared_plan = context.shared_plan.first(count);
+            Plans::make_plan(config_.device, view<const expert_t, 2, Space>(all), shared_plan, scratch);
+            Parts::shared(config_.expert)
+                .template forward<T>(config_.device, args.params.shared, args.x, shared_plan, inner.shared,
+                                     workspace.shared_rows, scratch);
+        }
+    }
+
+    void combine_outputs(const ForwardArgs& args, const Context& context, const Workspace& workspace,
+                         index_t count) const {
+        const view<const T, 2, Space> weight = context.routing.weight.slice(0, count);
+        const view<const T, 2, Space> rows = workspace.rows, shared_rows = workspace.shared_rows;
+        Plans::template combine<T>(config_.device, context.plan.first(count), rows, weight, args.y, Write::assign);
+        if constexpr (Parts::has_shared)
+            Plans::template combine<T>(config_.device, context.shared_plan.first(count), shared_rows,
+                                       view<const T, 2, Space>{}, args.y, Write::add);
+    }
+
+    /// dx (=) through the experts, their gradients (+=), and the gradient of the combine weights (+=).
+    void backward_experts(const BackwardArgs& args, const Context& context, const Workspace& workspace,
+                          const RoutingGrad<T, Space>& grad, index_t count) const {
+        std::byte* scratch = workspace.scratch.data;
+        const auto& device = config_.device;
+        const auto& routed = Parts::routed(config_.expert);
+        const auto& inner = Types::keeps ? context.inner : workspace.inner;
+        const auto plan = context.plan.first(count);
+        const view<const T, 2, Space> weight = context.routing.weight.slice(0, count), one = {};
+        const view<const T, 2, Space> rows = workspace.rows, shared_rows = workspace.shared_rows;
+
+        if constexpr (!Types::keeps)
+            routed.template forward<T>(device, args.params.experts, args.x, plan, inner.experts,
+                                       view<T, 2, Space>{}, scratch);
+        routed.template backward<T>(device, args.params.experts, args.x, plan, inner.experts, weight, args.dy,
+                                    workspace.work, workspace.rows, grad.weight, args.grads.experts, scratch);
+        Plans::template combine<T>(device, plan, rows, one, args.dx, Write::assign);
+
+        if constexpr (Parts::has_shared) {
+            const auto& shared = Parts::shared(config_.expert);
+            const auto shared_plan = context.shared_plan.first(count);
+            if constexpr (!Types::keeps)
+                shared.template forward<T>(device, args.params.shared, args.x, shared_plan, inner.shared,
+                                           view<T, 2, Space>{}, scratch);
+            shared.template backward<T>(device, args.params.shared, args.x, shared_plan, inner.shared, one, args.dy,
+                                        workspace.shared_work, workspace.shared_rows, view<T, 2, Space>{},
+                                        args.grads.shared, scratch);
+            Plans::template combine<T>(device, shared_plan, shared_rows, one, args.dx, Write::add);
+        }
+    }
+
+    Config config_;
+    typename Types::Dims dims_;
+};
+
+}  // namespace steelyard
