@@ -176,7 +176,8 @@ Status must_be_refused(const C& comm, const char* law, double within, Calls call
     std::int64_t one = 1;
     const auto again = Clock::now();
     if (sum(comm, std::span<std::int64_t>(&one, 1)))
-        return broken(law, comm.rank(), "the group to stay refused", "an accepted sum after \"" + refused.message() + "\"");
+        return broken(law, comm.rank(), "the group to stay refused",
+                      "an accepted sum after \"" + refused.message() + "\"");
     if (seconds_since(again) > within) return broken(law, comm.rank(), "a second refusal in time", "a later one");
     return {};
 }

@@ -61,7 +61,8 @@ public:
         MPI_Allreduce(MPI_IN_PLACE, bounds, 2, MPI_UINT64_T, MPI_MAX, work_);
         if (bounds[0] != ~bounds[1]) {
             release();
-            throw_invalid("reserve", "the same on every rank", std::to_string(reserve) + " on rank " + std::to_string(rank_));
+            throw_invalid("reserve", "the same on every rank",
+                          std::to_string(reserve) + " on rank " + std::to_string(rank_));
         }
         const std::size_t chunks = (header + std::max<std::size_t>(options.reserve, 1) + chunk - 1) / chunk;
         staging_.resize(chunks * chunk);

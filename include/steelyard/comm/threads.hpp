@@ -274,7 +274,8 @@ private:
             const std::size_t count = std::min(block, words.size() - begin);
             std::memcpy(words.data() + begin, payload_of(0) + begin * sizeof(T), count * sizeof(T));
             for (int r = 1; r < size(); ++r)
-                detail::comm::accumulate(words.data() + begin, reinterpret_cast<const T*>(payload_of(r)) + begin, count);
+                detail::comm::accumulate(words.data() + begin,
+                                         reinterpret_cast<const T*>(payload_of(r)) + begin, count);
         }
     }
 
