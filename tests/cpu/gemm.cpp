@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -10,7 +11,6 @@
 #include "steelyard/core/random.hpp"
 
 using namespace steelyard;
-using cpu::Write;
 
 namespace {
 
@@ -77,15 +77,15 @@ TEST_CASE_TEMPLATE("a product of small integers equals the plain loop bit for bi
     auto work = scratch<T>();
     for (const Form form : {Form::nt, Form::nn, Form::tn})
         for (const Write write : {Write::assign, Write::add})
-            for (const index_t m : {0, 1, 7, 8, 9, 33, 200})
-                for (const index_t n : {0, 1, 15, 17, 49, 193, 400})
-                    for (const index_t k : {0, 1, 3, 31, 257, 600}) {
+            for (const index_t m : {0, 1, 8, 9, 33})
+                for (const index_t n : {0, 1, 17, 49, 193})
+                    for (const index_t k : {0, 1, 31, 600}) {
                         CAPTURE(static_cast<int>(form));
                         CAPTURE(m);
                         CAPTURE(n);
                         CAPTURE(k);
-                        Matrix<T> a(a_rows(form, m, k), a_columns(form, m, k), 3), b(b_rows(form, n, k),
-                                                                                    b_columns(form, n, k), 5);
+                        Matrix<T> a(a_rows(form, m, k), a_columns(form, m, k), 3),
+                            b(b_rows(form, n, k), b_columns(form, n, k), 5);
                         Matrix<T> c(m, n, 2);
                         a.integers(1), b.integers(2);
                         if (write == Write::add) c.integers(3);
@@ -100,9 +100,11 @@ TEST_CASE_TEMPLATE("a product of small integers equals the plain loop bit for bi
                         });
                         product<T>(form, a.v, b.v, c.v, write, work.data());
                         REQUIRE(same_bits(c.v, expected.v));
-                        for (index_t i = 0; i < m; ++i)  // the padding is not touched
-                            for (index_t j = n; j < n + 2; ++j) REQUIRE(c.v.data[i * (n + 2) + j] != T(0));
-                        for (index_t i = 0; i < m; ++i) REQUIRE(c.v.data[i * (n + 2) + n] != c.v.data[i * (n + 2) + n]);
+                        bool padding_is_untouched = true;
+                        for (index_t i = 0; i < m; ++i)
+                            for (index_t j = n; j < n + 2; ++j)
+                                padding_is_untouched = padding_is_untouched && std::isnan(c.v.data[i * (n + 2) + j]);
+                        REQUIRE(padding_is_untouched);
                     }
 }
 

@@ -90,10 +90,14 @@ inline ValueAndSlope<T> activate(typename Simd<T>::vec x) {
 template <class Body>
 inline void with_activation(Activation activation, Body&& body) {
     switch (activation) {
-        case Activation::relu: return body.template operator()<Activation::relu>();
-        case Activation::relu2: return body.template operator()<Activation::relu2>();
-        case Activation::gelu: return body.template operator()<Activation::gelu>();
-        case Activation::silu: return body.template operator()<Activation::silu>();
+        case Activation::relu:
+            return body.template operator()<Activation::relu>();
+        case Activation::relu2:
+            return body.template operator()<Activation::relu2>();
+        case Activation::gelu:
+            return body.template operator()<Activation::gelu>();
+        case Activation::silu:
+            return body.template operator()<Activation::silu>();
     }
 }
 

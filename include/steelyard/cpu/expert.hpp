@@ -170,10 +170,10 @@ struct expert_ops<Cpu> {
 
     template <class T>
     static void ffn_forward(const Cpu& device, Activation activation, const FfnWeights<const T>& weights,
-                            view<const T, 2> x,        // [T, d]
-                            const Plan<>& plan,        //
-                            const FfnKept<T>& kept,    // [N, h] (=)
-                            view<T, 2> rows,           // [N, d] (=), or absent
+                            view<const T, 2> x,      // [T, d]
+                            const Plan<>& plan,      //
+                            const FfnKept<T>& kept,  // [N, h] (=)
+                            view<T, 2> rows,         // [N, d] (=), or absent
                             std::byte* scratch) {
         namespace detail = cpu::detail::expert;
         const detail::Tiling tiling(device, plan.offsets);
@@ -197,15 +197,15 @@ struct expert_ops<Cpu> {
 
     template <class T>
     static void ffn_backward(const Cpu& device, Activation activation, const FfnWeights<const T>& weights,
-                             view<const T, 2> x,                // [T, d]
-                             const Plan<>& plan,                //
-                             const FfnKept<const T>& kept,      // [N, h]
-                             view<const T, 2> weight,           // [T, K], or absent: 1
-                             view<const T, 2> dy,               // [T, d]
-                             const FfnGradRows<T>& grad_rows,   // [N, h] (=)
-                             view<T, 2> drows,                  // [N, d] (=)
-                             view<T, 2> dweight,                // [T, K] (+=), or absent
-                             const FfnWeights<T>& grads,        // (+=), absent members are skipped
+                             view<const T, 2> x,               // [T, d]
+                             const Plan<>& plan,               //
+                             const FfnKept<const T>& kept,     // [N, h]
+                             view<const T, 2> weight,          // [T, K], or absent: 1
+                             view<const T, 2> dy,              // [T, d]
+                             const FfnGradRows<T>& grad_rows,  // [N, h] (=)
+                             view<T, 2> drows,                 // [N, d] (=)
+                             view<T, 2> dweight,               // [T, K] (+=), or absent
+                             const FfnWeights<T>& grads,       // (+=), absent members are skipped
                              std::byte* scratch) {
         namespace detail = cpu::detail::expert;
         const auto weight_of = [&](index_t row) {
@@ -225,10 +225,10 @@ struct expert_ops<Cpu> {
             cpu::with_activation(activation, [&]<Activation A>() {
                 for (index_t r = begin; r < end; ++r) {
                     const bool gated = weights.gate.present();
-                    T along = detail::activate_backward<A, T>(
-                        gated ? &kept.gate(r, 0) : nullptr, &kept.up(r, 0), &dinner(r - begin, 0), weight_of(r),
-                        dinner.extents[1], gated ? &grad_rows.gate(r, 0) : nullptr, &grad_rows.up(r, 0),
-                        &grad_rows.inner(r, 0));
+                    T along = detail::activate_backward<A, T>(gated ? &kept.gate(r, 0) : nullptr, &kept.up(r, 0),
+                                                              &dinner(r - begin, 0), weight_of(r), dinner.extents[1],
+                                                              gated ? &grad_rows.gate(r, 0) : nullptr,
+                                                              &grad_rows.up(r, 0), &grad_rows.inner(r, 0));
                     if (!dweight.present()) continue;
                     if (weights.down_bias.present())
                         along += detail::dot<T>(&dout(r - begin, 0), &weights.down_bias(e, 0), dout.extents[1]);
@@ -253,8 +253,7 @@ struct expert_ops<Cpu> {
             const index_t i1 = std::min(i0 + detail::weight_block, up ? hidden : width);
             const auto own = part<T>(scratch, thread, weights);
             const auto product = [&](view<const T, 2> left, view<const T, 2> right, view<T, 3> grad) {
-                if (grad.present())
-                    cpu::gemm_tn<T>(left, right, grad[e].slice(i0, i1), cpu::Write::add, own.gemm.data);
+                if (grad.present()) cpu::gemm_tn<T>(left, right, grad[e].slice(i0, i1), cpu::Write::add, own.gemm.data);
             };
             for (index_t r0 = plan.offsets[e]; r0 < plan.offsets[e + 1]; r0 += detail::tile_rows) {
                 const index_t r1 = std::min(r0 + detail::tile_rows, plan.offsets[e + 1]);

@@ -6,7 +6,8 @@
 //
 // The same register kernel computes whole and partial tiles (missing lanes are padded), so an element depends
 // only on its own row of a, its own column of b, k, and what c held: not on m, n, the position in a tile, the
-// strides or the alignment of a pointer. Bits change with the compiler and its target flags (fused multiply-add or not).
+// strides or the alignment of a pointer. Bits change with the compiler and its target flags (fused multiply-add or
+// not).
 //
 // Why not Eigen's products: they allocate their packing blocks, start threads of their own, and switch to other
 // code with another order of accumulation where a matrix is small.
@@ -21,8 +22,7 @@
 
 namespace steelyard::cpu {
 
-/// Whether a product is written over `c` or added to it.
-enum class Write { assign, add };
+using steelyard::Write;
 
 namespace detail::gemm {
 
@@ -33,8 +33,8 @@ struct Blocks {
     static constexpr int lanes = Simd<T>::lanes;
     static constexpr int rows = vector_registers == 32 ? 8 : 6;
     static constexpr int vectors = vector_registers == 32 ? 3 : 2;
-    static constexpr int width = vectors * lanes;             // columns of one panel
-    static constexpr int panel_block = 192 / width * width;   // columns that are packed at once
+    static constexpr int width = vectors * lanes;            // columns of one panel
+    static constexpr int panel_block = 192 / width * width;  // columns that are packed at once
     static constexpr int k_block = 2048 / static_cast<int>(sizeof(T));
 };
 
@@ -150,17 +150,15 @@ void product(index_t m, index_t n, index_t k, const T* left, index_t left_stride
                 const T* a[B::rows];
                 if constexpr (F == Form::tn) {
                     for (index_t p = 0; p < depth; ++p)
-                        for (index_t r = 0; r < rows; ++r)
-                            slab[p * B::rows + r] = left[(p0 + p) * left_stride + i + r];
+                        for (index_t r = 0; r < rows; ++r) slab[p * B::rows + r] = left[(p0 + p) * left_stride + i + r];
                     for (index_t r = 0; r < B::rows; ++r) a[r] = slab + std::min(r, rows - 1);
                 } else {  // rows that are missing repeat the last one; their sums are not written
-                    for (index_t r = 0; r < B::rows; ++r)
-                        a[r] = left + (i + std::min(r, rows - 1)) * left_stride + p0;
+                    for (index_t r = 0; r < B::rows; ++r) a[r] = left + (i + std::min(r, rows - 1)) * left_stride + p0;
                 }
                 for (index_t j = j0; j < j1; j += B::width) {
                     const index_t columns = std::min<index_t>(B::width, j1 - j);
-                    register_tile<T, F == Form::tn ? B::rows : 1>(depth, columns, a,
-                                                                       panels + (j - j0) * B::k_block, tile);
+                    register_tile<T, F == Form::tn ? B::rows : 1>(depth, columns, a, panels + (j - j0) * B::k_block,
+                                                                  tile);
                     if constexpr (F == Form::nt)
                         write_columns(tile, rows, columns, out + j * out_stride + i, out_stride, add);
                     else
@@ -188,8 +186,8 @@ void gemm_nt(view<const T, 2> a,  // [m, k]
              view<const T, 2> b,  // [n, k]
              view<T, 2> c,        // [m, n]
              Write write, std::byte* scratch) {
-    detail::gemm::product<T, detail::gemm::Form::nt>(b.extents[0], a.extents[0], a.extents[1], b.data, b.strides[0], a.data,
-                                         a.strides[0], c.data, c.strides[0], write, scratch);
+    detail::gemm::product<T, detail::gemm::Form::nt>(b.extents[0], a.extents[0], a.extents[1], b.data, b.strides[0],
+                                                     a.data, a.strides[0], c.data, c.strides[0], write, scratch);
 }
 
 /// c (= or +=) a b. Otherwise as gemm_nt.
@@ -198,8 +196,8 @@ void gemm_nn(view<const T, 2> a,  // [m, k]
              view<const T, 2> b,  // [k, n]
              view<T, 2> c,        // [m, n]
              Write write, std::byte* scratch) {
-    detail::gemm::product<T, detail::gemm::Form::nn>(a.extents[0], b.extents[1], a.extents[1], a.data, a.strides[0], b.data,
-                                         b.strides[0], c.data, c.strides[0], write, scratch);
+    detail::gemm::product<T, detail::gemm::Form::nn>(a.extents[0], b.extents[1], a.extents[1], a.data, a.strides[0],
+                                                     b.data, b.strides[0], c.data, c.strides[0], write, scratch);
 }
 
 /// c (= or +=) a^T b. Otherwise as gemm_nt.
@@ -208,8 +206,8 @@ void gemm_tn(view<const T, 2> a,  // [k, m]
              view<const T, 2> b,  // [k, n]
              view<T, 2> c,        // [m, n]
              Write write, std::byte* scratch) {
-    detail::gemm::product<T, detail::gemm::Form::tn>(a.extents[1], b.extents[1], a.extents[0], a.data, a.strides[0], b.data,
-                                         b.strides[0], c.data, c.strides[0], write, scratch);
+    detail::gemm::product<T, detail::gemm::Form::tn>(a.extents[1], b.extents[1], a.extents[0], a.data, a.strides[0],
+                                                     b.data, b.strides[0], c.data, c.strides[0], write, scratch);
 }
 
 }  // namespace steelyard::cpu

@@ -18,16 +18,16 @@ struct AnyDevice {
 };
 
 template <class X, class T>
-concept ComputesWith =
-    requires(const X& expert, const AnyDevice& device, const LayerShape& shape,
-             const typename X::template Params<const T, HostSpace>& params,
-             const typename X::template Params<T, HostSpace>& grads,
-             const typename X::template Kept<T, HostSpace>& kept, const typename X::template Work<T, HostSpace>& work,
-             const Plan<>& plan, view<const T, 2> in, view<T, 2> out, std::byte* scratch) {
-        { expert.template scratch_bytes<T>(device, shape) } -> std::same_as<index_t>;
-        expert.template forward<T>(device, params, in, plan, kept, out, scratch);
-        expert.template backward<T>(device, params, in, plan, kept, in, in, work, out, out, grads, scratch);
-    };
+concept ComputesWith = requires(const X& expert, const AnyDevice& device, const LayerShape& shape,
+                                const typename X::template Params<const T, HostSpace>& params,
+                                const typename X::template Params<T, HostSpace>& grads,
+                                const typename X::template Kept<T, HostSpace>& kept,
+                                const typename X::template Work<T, HostSpace>& work, const Plan<>& plan,
+                                view<const T, 2> in, view<T, 2> out, std::byte* scratch) {
+    { expert.template scratch_bytes<T>(device, shape) } -> std::same_as<index_t>;
+    expert.template forward<T>(device, params, in, plan, kept, out, scratch);
+    expert.template backward<T>(device, params, in, plan, kept, in, in, work, out, out, grads, scratch);
+};
 
 template <class X, class T>
 concept HasBundles = requires(const X& expert, const LayerShape& shape, index_t rows) {
@@ -48,7 +48,7 @@ concept HasBundles = requires(const X& expert, const LayerShape& shape, index_t 
 /// 3. Three bundles (core/layout.hpp), templates on <class T, class Space>. `Params`: the weights of all E experts,
 ///    `fields(field, const X&, const LayerShape&)`; with `const T` they are read, with `T` they are gradients. `Kept`:
 ///    what backward needs beside x, and `Work`: backward's own rows, both `fields(field, const X&, const LayerShape&,
-///    index_t rows)`. A tensor that an option leaves out has extent 0.
+///    index_t rows)`. The first extent of every weight is E, or 0 where an option leaves the tensor out.
 /// 4. `scratch_bytes<T>(device, shape)` is pure; `scratch` below has that many bytes, aligned to
 ///    `layout_alignment`, and keeps nothing between calls.
 /// 5. `forward<T>(device, params, x[T,d], plan, kept (=), rows[N,d] (=) or absent, scratch)` writes
@@ -68,10 +68,9 @@ concept HasBundles = requires(const X& expert, const LayerShape& shape, index_t 
 ///
 /// `check_expert_laws` (expert/laws.hpp) tests an expert against 5 to 9.
 template <class X>
-concept Expert = std::copyable<X> && std::equality_comparable<X> &&
-                 requires(const X& expert, const LayerShape& shape) {
-                     { expert.check(shape) } -> std::same_as<Status>;
-                 } && detail::expert::HasBundles<X, float> && detail::expert::HasBundles<X, const double> &&
-                 detail::expert::ComputesWith<X, float> && detail::expert::ComputesWith<X, double>;
+concept Expert = std::copyable<X> && std::equality_comparable<X> && requires(const X& expert, const LayerShape& shape) {
+    { expert.check(shape) } -> std::same_as<Status>;
+} && detail::expert::HasBundles<X, float> && detail::expert::HasBundles<X, const double> &&
+    detail::expert::ComputesWith<X, float> && detail::expert::ComputesWith<X, double>;
 
 }  // namespace steelyard

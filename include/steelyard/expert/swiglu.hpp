@@ -82,10 +82,9 @@ struct SwiGlu {
 
     template <class T, class Device, class Space = typename Device::space>
     void forward(const Device& device, const Params<const T, Space>& params,
-                 std::type_identity_t<view<const T, 2, Space>> x,  // [T, d]
-                 const Plan<Space>& plan,
-                 const Kept<T, Space>& kept,                        // (=)
-                 std::type_identity_t<view<T, 2, Space>> rows,      // [N, d] (=), or absent
+                 std::type_identity_t<view<const T, 2, Space>> x,      // [T, d]
+                 const Plan<Space>& plan, const Kept<T, Space>& kept,  // (=)
+                 std::type_identity_t<view<T, 2, Space>> rows,         // [N, d] (=), or absent
                  std::byte* scratch) const {
         expert_ops<Device>::template ffn_forward<T>(device, Activation::silu, weights<const T>(params), x, plan,
                                                     FfnKept<T, Space>{kept.gate, kept.up}, rows, scratch);
@@ -93,18 +92,18 @@ struct SwiGlu {
 
     template <class T, class Device, class Space = typename Device::space>
     void backward(const Device& device, const Params<const T, Space>& params,
-                  std::type_identity_t<view<const T, 2, Space>> x,       // [T, d]
+                  std::type_identity_t<view<const T, 2, Space>> x,  // [T, d]
                   const Plan<Space>& plan, const Kept<T, Space>& kept,
-                  std::type_identity_t<view<const T, 2, Space>> weight,  // [T, K], or absent: 1
-                  std::type_identity_t<view<const T, 2, Space>> dy,      // [T, d]
-                  const Work<T, Space>& work,
-                  std::type_identity_t<view<T, 2, Space>> drows,         // [N, d] (=)
-                  std::type_identity_t<view<T, 2, Space>> dweight,       // [T, K] (+=), or absent
-                  const Params<T, Space>& grads,                         // (+=), absent members are frozen
+                  std::type_identity_t<view<const T, 2, Space>> weight,                       // [T, K], or absent: 1
+                  std::type_identity_t<view<const T, 2, Space>> dy,                           // [T, d]
+                  const Work<T, Space>& work, std::type_identity_t<view<T, 2, Space>> drows,  // [N, d] (=)
+                  std::type_identity_t<view<T, 2, Space>> dweight,                            // [T, K] (+=), or absent
+                  const Params<T, Space>& grads,  // (+=), absent members are frozen
                   std::byte* scratch) const {
-        expert_ops<Device>::template ffn_backward<T>(
-            device, Activation::silu, weights<const T>(params), x, plan, FfnKept<const T, Space>{kept.gate, kept.up},
-            weight, dy, FfnGradRows<T, Space>{work.gate, work.up, work.inner}, drows, dweight, weights<T>(grads), scratch);
+        expert_ops<Device>::template ffn_backward<T>(device, Activation::silu, weights<const T>(params), x, plan,
+                                                     FfnKept<const T, Space>{kept.gate, kept.up}, weight, dy,
+                                                     FfnGradRows<T, Space>{work.gate, work.up, work.inner}, drows,
+                                                     dweight, weights<T>(grads), scratch);
     }
 
     friend bool operator==(const SwiGlu&, const SwiGlu&) = default;
