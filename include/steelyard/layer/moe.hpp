@@ -8,8 +8,10 @@
 
 #include "steelyard/comm/concept.hpp"
 #include "steelyard/comm/self.hpp"
+#include "steelyard/cpu/device.hpp"
 #include "steelyard/layer/diagnose.hpp"
 #include "steelyard/layer/stages.hpp"
+#include "steelyard/layer/unsound.hpp"
 
 namespace steelyard {
 
@@ -238,6 +240,16 @@ public:
     }
     /// What balance remembers (see the policy's State).
     [[nodiscard]] auto balance_state(std::span<std::byte> state) const { return this->place_state(state).balance; }
+};
+
+/// The layer of policies whose diagnosis found something: empty.
+template <class T, class RouterT, class ExpertT, class BalanceT, class CommT, class OverflowT, class RetentionT,
+          class DeviceT>
+class MoE<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT, false>
+    : public detail::UnsoundLayer<T, CommT, BalanceT, LayerConfig<RouterT, ExpertT, BalanceT, OverflowT, DeviceT>> {
+public:
+    using detail::UnsoundLayer<T, CommT, BalanceT,
+                               LayerConfig<RouterT, ExpertT, BalanceT, OverflowT, DeviceT>>::UnsoundLayer;
 };
 
 }  // namespace steelyard
