@@ -17,12 +17,12 @@ namespace steelyard::cpu {
 /// Elements that are worked on together. Reductions keep this many partial results whatever the vector
 /// width of the machine, so their order, and with it every bit, depends on the row's length alone.
 template <class T>
-inline constexpr index_t lanes = 64 / static_cast<index_t>(sizeof(T));
+inline constexpr index_t row_lanes = 64 / static_cast<index_t>(sizeof(T));
 
-/// The next multiple of `lanes`: scratch rows are this long, so that loops over them have no tail.
+/// The next multiple of `row_lanes`: scratch rows are this long, so that loops over them have no tail.
 template <class T>
 constexpr index_t padded(index_t n) {
-    return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+    return (n + row_lanes<T> - 1) / row_lanes<T> * row_lanes<T>;
 }
 
 /// The integer as wide as T, whose order sorts floating-point values.
@@ -129,7 +129,7 @@ inline T from_ordered(Bits<T> key) {
 /// Folds the lanes pairwise, halves onto halves.
 template <class T, class Fold>
 inline T fold_lanes(T* part, Fold fold) {
-    for (index_t half = lanes<T> / 2; half > 0; half /= 2)
+    for (index_t half = row_lanes<T> / 2; half > 0; half /= 2)
         for (index_t l = 0; l < half; ++l) part[l] = fold(part[l], part[l + half]);
     return part[0];
 }
@@ -137,19 +137,19 @@ inline T fold_lanes(T* part, Fold fold) {
 /// The largest of a padded row; the padding holds -infinity.
 template <class T>
 inline T row_max(const T* row, index_t padded_size) {
-    T part[lanes<T>];
-    for (index_t l = 0; l < lanes<T>; ++l) part[l] = row[l];
-    for (index_t i = lanes<T>; i < padded_size; i += lanes<T>)
-        for (index_t l = 0; l < lanes<T>; ++l) part[l] = row[i + l] > part[l] ? row[i + l] : part[l];
+    T part[row_lanes<T>];
+    for (index_t l = 0; l < row_lanes<T>; ++l) part[l] = row[l];
+    for (index_t i = row_lanes<T>; i < padded_size; i += row_lanes<T>)
+        for (index_t l = 0; l < row_lanes<T>; ++l) part[l] = row[i + l] > part[l] ? row[i + l] : part[l];
     return fold_lanes(part, [](T a, T b) { return b > a ? b : a; });
 }
 
 /// row = exp(row - highest); returns the sum. The padding becomes 0.
 template <class T>
 inline T row_exp(T* row, index_t padded_size, T highest) {
-    T part[lanes<T>] = {};
-    for (index_t i = 0; i < padded_size; i += lanes<T>)
-        for (index_t l = 0; l < lanes<T>; ++l) {
+    T part[row_lanes<T>] = {};
+    for (index_t i = 0; i < padded_size; i += row_lanes<T>)
+        for (index_t l = 0; l < row_lanes<T>; ++l) {
             const T e = exp_negative(row[i + l] - highest);
             row[i + l] = e;
             part[l] += e;
@@ -160,10 +160,10 @@ inline T row_exp(T* row, index_t padded_size, T highest) {
 /// Sum of a[i] b[i] over a row of any length.
 template <class T>
 inline T row_dot(const T* a, const T* b, index_t n) {
-    T part[lanes<T>] = {};
+    T part[row_lanes<T>] = {};
     index_t i = 0;
-    for (; i + lanes<T> <= n; i += lanes<T>)
-        for (index_t l = 0; l < lanes<T>; ++l) part[l] += a[i + l] * b[i + l];
+    for (; i + row_lanes<T> <= n; i += row_lanes<T>)
+        for (index_t l = 0; l < row_lanes<T>; ++l) part[l] += a[i + l] * b[i + l];
     for (index_t l = 0; i + l < n; ++l) part[l] += a[i + l] * b[i + l];
     return fold_lanes(part, [](T x, T y) { return x + y; });
 }

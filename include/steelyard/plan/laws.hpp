@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "steelyard/core/bytes.hpp"
 #include "steelyard/core/random.hpp"
 #include "steelyard/plan/dispatch.hpp"
 #include "steelyard/plan/overflow.hpp"
@@ -49,19 +50,6 @@ inline std::vector<double> integers(std::size_t count, std::uint64_t seed) {
     for (std::size_t i = 0; i < count; ++i) values[i] = static_cast<double>(stream.below(i, 17)) - 8.0;
     return values;
 }
-
-/// Memory aligned as bundles ask.
-class Block {
-public:
-    explicit Block(index_t bytes) : bytes_(static_cast<std::size_t>(bytes + layout_alignment)) {}
-    std::byte* data() {
-        const auto past = reinterpret_cast<std::uintptr_t>(bytes_.data()) % layout_alignment;
-        return bytes_.data() + (past == 0 ? 0 : layout_alignment - past);
-    }
-
-private:
-    std::vector<std::byte> bytes_;
-};
 
 inline Status check_order(const Plan<>& plan, const std::vector<expert_t>& choices) {
     constexpr std::string_view test = "check_plan_laws";
@@ -165,7 +153,7 @@ Status check_plan_laws(const LayerShape& shape, int top_k, const Device& device)
     namespace laws = detail::plan_laws;
     const index_t T = shape.tokens, E = shape.experts, K = top_k;
     if (K < 1 || K > E) return laws::broken("check_plan_laws", "top_k", "1 to " + std::to_string(E), std::to_string(K));
-    laws::Block block(bytes_of<Plan<>>(T, E, K)), scratch(plan_scratch_bytes(device, shape, top_k));
+    Bytes block(bytes_of<Plan<>>(T, E, K)), scratch(plan_scratch_bytes(device, shape, top_k));
     const Plan<> plan = place<Plan<>>(block.data(), T, E, K);
     for (const bool gaps : {false, true}) {
         const auto choices = laws::random_choices(T, E, K, gaps);
@@ -186,7 +174,7 @@ Status check_overflow_laws(const O& overflow, const LayerShape& shape, int top_k
     if (K < 1 || K > E) return laws::broken(test, "top_k", "1 to " + std::to_string(E), std::to_string(K));
     if (Status s = overflow.check(shape, top_k); !s) return s;
     if constexpr (O::drops) {
-        laws::Block scratch(overflow.template scratch_bytes<double>(device, shape, top_k));
+        Bytes scratch(overflow.template scratch_bytes<double>(device, shape, top_k));
         auto expert = laws::random_choices(T, E, K, false);
         std::vector<std::uint8_t> mask(static_cast<std::size_t>(T), 1);
         for (index_t t = 6; t < T; t += 7) {

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "steelyard/core/bytes.hpp"
 #include "steelyard/core/random.hpp"
 #include "steelyard/router/concept.hpp"
 
@@ -29,19 +30,6 @@ inline std::string number(double value) {
     std::snprintf(text, sizeof text, "%.17g", value);
     return text;
 }
-
-/// Memory aligned as bundles ask.
-class Block {
-public:
-    explicit Block(index_t bytes) : bytes_(static_cast<std::size_t>(bytes + layout_alignment)) {}
-    std::byte* data() {
-        const auto past = reinterpret_cast<std::uintptr_t>(bytes_.data()) % layout_alignment;
-        return bytes_.data() + (past == 0 ? 0 : layout_alignment - past);
-    }
-
-private:
-    std::vector<std::byte> bytes_;
-};
 
 /// What one call of `route` wrote.
 struct Outcome {
@@ -79,7 +67,7 @@ struct Trial {
     const Device& device;
     LayerShape shape;
     index_t T, E, K, d;
-    Block param_block, scratch;
+    Bytes param_block, scratch;
     Params params;
     std::vector<double> x;
     std::vector<std::uint8_t> mask;
@@ -264,7 +252,7 @@ Status check_gradient(Trial<R, Device>& trial, const Outcome& out) {
             view<double, 2>(dx.data(), T, d), grads, trial.scratch.data());
     };
 
-    Block block(bytes_of<Params>(trial.router, trial.shape));
+    Bytes block(bytes_of<Params>(trial.router, trial.shape));
     Params grads = place<Params>(block.data(), trial.router, trial.shape);
     const auto zero = [](const std::string&, auto& tensor) { std::fill_n(tensor.data, tensor.size(), 0.0); };
     for_each_tensor(grads, zero, trial.router, trial.shape);
