@@ -10,12 +10,14 @@
 namespace pretrain {
 
 /// Standard deviation of a tensor's first values: 1/sqrt(inputs), so that outputs are about as large as
-/// inputs. What writes to the residual stream is smaller by sqrt(2 · layers), because that many writes add up.
+/// inputs. What writes to the residual stream is smaller by sqrt(2 · layers), because that many writes add up; the
+/// head is smaller, so that training starts from nearly equal probabilities.
 template <class T>
 double initial_scale(const Tensor<T>& tensor, index_t layers) {
-    if (tensor.name == "embedding") return 1.0;
+    if (tensor.name == "embedding") return 0.3;
     double scale = 1.0 / std::sqrt(static_cast<double>(tensor.shape.back()));
     const auto ends = [&](std::string_view tail) { return std::string_view(tensor.name).ends_with(tail); };
+    if (tensor.name == "head") scale *= 0.1;
     if (ends(".out") || ends(".down")) scale /= std::sqrt(2.0 * static_cast<double>(layers));
     return scale;
 }

@@ -1,0 +1,18 @@
+// From a strategy's name to a compiled balance policy: the one place where run time meets compile time.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "moe_block.hpp"
+#include "settings.hpp"
+
+namespace pretrain {
+
+/// The MoE block of one layer under a strategy. Compiled in strategies_*.cpp for the backends that runs use.
+/// Throws `UserError` for a number of windows that is not compiled.
+template <class T, class Comm>
+[[nodiscard]] std::unique_ptr<MoeBlock<T>> make_moe_block(const Settings& settings, Strategy strategy, int layer,
+                                                          const Comm& comm);
+
+}  // namespace pretrain

@@ -1,0 +1,152 @@
+// Whole runs at tiny sizes: interruption and resumption, reproducibility, and what is refused.
+#include <doctest/doctest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include "pretrain/checkpoint.hpp"
+#include "pretrain/training.hpp"
+
+namespace {
+
+using namespace pretrain;
+namespace fs = std::filesystem;
+
+struct Folder {
+    fs::path path = fs::temp_directory_path() / "steelyard-test-training";
+    Folder() { fs::remove_all(path); }
+    ~Folder() { fs::remove_all(path); }
+};
+
+Settings tiny(const Folder& folder, const std::string& name) {
+    Settings s;
+    s.ranks = 2;
+    s.micro_batch = 2;
+    s.accumulate = 2;
+    s.sequence = 16;
+    s.layers = 2;
+    s.dim = 16;
+    s.heads = 2;
+    s.experts = 4;
+    s.hidden = 8;
+    s.steps = 6;
+    s.eval_sequences = 3;
+    s.quiet = true;
+    s.out = (folder.path / name).string();
+    return s;
+}
+
+/// What must be the same, bit for bit. Times are not.
+void check_same(const Settings& a, const Settings& b, Strategy strategy) {
+    const Checkpoint one = read_checkpoint(checkpoint_path(a, strategy));
+    const Checkpoint two = read_checkpoint(checkpoint_path(b, strategy));
+    CHECK(one.step == two.step);
+    CHECK(one.params == two.params);
+    CHECK(one.first_moment == two.first_moment);
+    CHECK(one.second_moment == two.second_moment);
+    CHECK(one.state == two.state);
+    CHECK(one.record.series.loss == two.record.series.loss);
+    CHECK(one.record.series.balance_loss == two.record.series.balance_loss);
+    CHECK(one.record.series.gradient_norm == two.record.series.gradient_norm);
+    CHECK(one.record.series.max_vio_micro == two.record.series.max_vio_micro);
+    REQUIRE(one.record.evaluations.size() == two.record.evaluations.size());
+    for (std::size_t e = 0; e < one.record.evaluations.size(); ++e) {
+        CHECK(one.record.evaluations[e].counts == two.record.evaluations[e].counts);
+        for (std::size_t d = 0; d < one.record.evaluations[e].domains.size(); ++d)
+            CHECK(one.record.evaluations[e].domains[d].loss == two.record.evaluations[e].domains[d].loss);
+    }
+}
+
+std::string complaint_of(const Settings& settings, Strategy strategy, const Corpus& corpus) {
+    try {
+        (void)train(settings, strategy, corpus);
+    } catch (const UserError& error) {
+        return error.what();
+    }
+    return "accepted";
+}
+
+TEST_CASE("pretrain training: a run that is interrupted after every step equals the uninterrupted one bit for bit") {
+    const Folder folder;
+    for (const Strategy strategy : all_strategies) {
+        CAPTURE(name_of(strategy));
+        const Settings whole = tiny(folder, "whole");
+        const Corpus corpus(whole);
+        const RunRecord record = train(whole, strategy, corpus);
+        CHECK(record.series.size() == 6);
+        CHECK_FALSE(record.interrupted);
+        REQUIRE(record.evaluations.size() == 1);
+        CHECK(record.evaluations[0].domains.size() == corpus.domains().size());
+
+        Settings parts = tiny(folder, "parts");
+        for (int step = 1; step <= 6; ++step) {
+            ask_to_stop();
+            const RunRecord part = train(parts, strategy, corpus);
+            CHECK(part.series.size() == step);
+            CHECK(part.interrupted == (step < 6));
+            parts.resume = true;
+        }
+        forget_stop();
+        check_same(whole, parts, strategy);
+    }
+}
+
+TEST_CASE("pretrain training: two runs, and runs with other numbers of threads, give the same bits") {
+    const Folder folder;
+    const Settings first = tiny(folder, "first");
+    Settings second = tiny(folder, "second");
+    second.threads = 3;
+    second.checkpoint_every = 2;
+    const Corpus corpus(first);
+    (void)train(first, Strategy::sync, corpus);
+    (void)train(second, Strategy::sync, corpus);
+    check_same(first, second, Strategy::sync);
+}
+
+TEST_CASE("pretrain training: the loss falls, and evaluation in between changes nothing") {
+    const Folder folder;
+    Settings plain = tiny(folder, "plain"), watched = tiny(folder, "watched");
+    plain.steps = watched.steps = 40;
+    plain.learning_rate = watched.learning_rate = 0.01;
+    watched.eval_every = 10;
+    const Corpus corpus(plain);
+    const RunRecord record = train(plain, Strategy::loss_free, corpus);
+    CHECK(record.series.loss.front() > 5.0);
+    CHECK(record.series.loss.back() < 4.5);
+    const RunRecord seen = train(watched, Strategy::loss_free, corpus);
+    CHECK(seen.evaluations.size() == 4);
+    CHECK(seen.series.loss == record.series.loss);
+    CHECK(seen.evaluations.back().domains[0].loss == record.evaluations.back().domains[0].loss);
+}
+
+TEST_CASE("pretrain training: a checkpoint that does not fit is refused, and the sentence names what differs") {
+    const Folder folder;
+    Settings settings = tiny(folder, "refused");
+    settings.steps = 2;
+    const Corpus corpus(settings);
+    (void)train(settings, Strategy::micro, corpus);
+    settings.resume = true;
+    CHECK(complaint_of(settings, Strategy::micro, corpus) == "accepted");
+
+    Settings other = settings;
+    other.experts = 8;
+    CHECK(complaint_of(other, Strategy::micro, corpus).find("--experts") != std::string::npos);
+    other = settings;
+    other.learning_rate = 0.5;
+    CHECK(complaint_of(other, Strategy::micro, corpus).find("--learning-rate") != std::string::npos);
+
+    fs::rename(checkpoint_path(settings, Strategy::micro), checkpoint_path(settings, Strategy::sync));
+    CHECK(complaint_of(settings, Strategy::sync, corpus).find("expected strategy sync, came micro") != std::string::npos);
+    std::ofstream(checkpoint_path(settings, Strategy::micro)) << "not a checkpoint at all";
+    CHECK(complaint_of(settings, Strategy::micro, corpus).find("another kind of file") != std::string::npos);
+}
+
+TEST_CASE("pretrain training: a number of windows that is not compiled is refused in one sentence") {
+    const Folder folder;
+    Settings settings = tiny(folder, "windows");
+    settings.windows = 3;
+    CHECK(complaint_of(settings, Strategy::windowed, Corpus(settings)).find("--windows") != std::string::npos);
+}
+
+}  // namespace
