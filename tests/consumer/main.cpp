@@ -1,13 +1,24 @@
-// A stranger's program: the library from outside, by whichever way its build found it.
-#include <steelyard/core/random.hpp>
-#include <steelyard/core/view.hpp>
+// A stranger's program: a layer from outside, by whichever way its build found the library.
+#include <cmath>
+#include <steelyard/steelyard.hpp>
+#include <vector>
+
+using Layer = steelyard::MoE<float, steelyard::TopK, steelyard::SwiGlu, steelyard::MicroBatchLoss>;
 
 int main() {
-    float memory[6] = {};
-    const steelyard::view<float, 2> x(memory, 2, 3);
+    const int tokens = 8, width = 4;
+    steelyard::Module<Layer> moe(Layer({.shape = {.tokens = tokens, .width = width, .experts = 4},
+                                        .router = {.k = 2},
+                                        .expert = {.hidden = 8},
+                                        .balance = {{}, {0.01}}}));
+    std::vector<float> x(tokens * width), y(x.size()), dx(x.size());
     const steelyard::Philox random(1, steelyard::Stream::user);
-    for (steelyard::index_t i = 0; i < x.size(); ++i) memory[i] = static_cast<float>(random.uniform(i));
-    for (const float value : memory)
-        if (value < 0 || value >= 1) return 1;
-    return x(1, 2) == memory[5] ? 0 : 1;
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(random.normal(i));
+
+    moe.forward({x.data(), tokens, width}, {y.data(), tokens, width});
+    moe.backward({x.data(), tokens, width}, {y.data(), tokens, width}, {dx.data(), tokens, width});
+
+    float sum = 0;
+    for (const float value : dx) sum += value * value;
+    return std::isfinite(sum) && sum > 0 && moe.balance_loss() > 0 ? 0 : 1;
 }
