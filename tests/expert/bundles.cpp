@@ -70,7 +70,7 @@ struct NoKept {
         void fields(Field&&, const NoKept&, const LayerShape&) {}
     };
     Status check(const LayerShape&) const { return {}; }
-    friend bool operator==(const NoKept&, const NoKept&) = default;
+    bool operator==(const NoKept&) const = default;
 };
 }  // namespace
 
@@ -84,7 +84,8 @@ TEST_CASE("a hand-checkable SwiGlu with one token, one expert and one hidden uni
     const LayerShape shape{.tokens = 1, .width = 2, .experts = 1};
     const SwiGlu expert{1};
     const Cpu device;
-    std::vector<double> gate{2, -1}, up{1, 1}, down{5, 7}, x{1, 2}, dy{1, 1}, rows(2), drows(2), kept_gate(1), kept_up(1);
+    std::vector<double> gate{2, -1}, up{1, 1}, down{5, 7}, x{1, 2}, dy{1, 1}, rows(2), drows(2), kept_gate(1),
+        kept_up(1);
     std::vector<double> work(3), dgate(2), dup(2), ddown(2), dweight(1), weight{3};
     std::vector<index_t> offsets{0, 1};
     std::vector<std::int32_t> choice{0}, row{0};

@@ -70,8 +70,8 @@ struct Faulty {
     }
 
     template <class T, class Device>
-    void backward(const Device& device, const Params<const T, HostSpace>& params, view<const T, 2> x, const Plan<>& plan,
-                  const Kept<T, HostSpace>& kept, view<const T, 2> weight, view<const T, 2> dy,
+    void backward(const Device& device, const Params<const T, HostSpace>& params, view<const T, 2> x,
+                  const Plan<>& plan, const Kept<T, HostSpace>& kept, view<const T, 2> weight, view<const T, 2> dy,
                   const Work<T, HostSpace>& work, view<T, 2> drows, view<T, 2> dweight,
                   const Params<T, HostSpace>& grads, std::byte* scratch) const {
         if (fault == Fault::assigns_gradient && grads.up.present())
@@ -85,7 +85,7 @@ struct Faulty {
         if (fault == Fault::needs_gradients && !grads.up.present()) drows(0, 0) += T(1);
     }
 
-    friend bool operator==(const Faulty&, const Faulty&) = default;
+    bool operator==(const Faulty&) const = default;
 };
 
 static_assert(Expert<Faulty>);
@@ -96,7 +96,8 @@ TEST_CASE("the library's experts obey the laws, at every small size and number o
     for (const int threads : {1, 3})
         for (const LayerShape& shape :
              {LayerShape{.tokens = 2, .width = 1, .experts = 1}, LayerShape{.tokens = 12, .width = 5, .experts = 4},
-              LayerShape{.tokens = 33, .width = 17, .experts = 2}, LayerShape{.tokens = 70, .width = 3, .experts = 7}}) {
+              LayerShape{.tokens = 33, .width = 17, .experts = 2},
+              LayerShape{.tokens = 70, .width = 3, .experts = 7}}) {
             for (const index_t hidden : {index_t{1}, index_t{7}, index_t{19}}) {
                 const Status s = check_expert_laws(SwiGlu{hidden}, shape, Cpu{threads});
                 CHECK_MESSAGE(s.ok(), s.message());

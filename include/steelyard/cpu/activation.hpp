@@ -12,7 +12,7 @@
 
 namespace steelyard::cpu {
 
-/// exp(x) for x <= 0, to about one unit in the last place; below the smallest normal number, about that number.
+/// exp(x) for x <= 0, to about one unit in the last place; 0 where that would not be a normal number.
 /// The twin of exp_negative (lanes.hpp) for explicit vectors.
 ///
 /// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its Taylor series, whose first left out term is below the
@@ -20,27 +20,28 @@ namespace steelyard::cpu {
 template <class T>
 inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
     using vec = typename Simd<T>::vec;
-    using mask = typename Simd<T>::mask;
+    using bits = typename Simd<T>::bits;
     constexpr bool single = sizeof(T) == 4;
     constexpr int degree = single ? 7 : 13;
-    static constexpr auto series_of_exp = detail::inverse_factorials<T, degree + 1>();
-    constexpr int mantissa_bits = single ? 23 : 52, bias = single ? 127 : 1023;
+    constexpr unsigned mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
+    constexpr T round = single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa
     // ln 2 in two parts; the first has few enough bits that its product with n is exact.
-    constexpr T ln2_high = single ? T(0x1.62ep-1) : T(0x1.62e42feep-1);
+    constexpr T ln2_high = single ? T(0.693359375) : T(0x1.62e4p-1);
     constexpr T ln2_low = T(0.69314718055994530941723212145818L - static_cast<long double>(ln2_high));
-    constexpr T lowest = single ? T(-87.3) : T(-708.3);
+    constexpr T lowest = single ? T(-87) : T(-708);
+    static constexpr auto inverse_factorials = detail::inverse_factorials<T, degree + 1>();
 
-    const vec floor = vec{} + lowest;
-    x = x < floor ? floor : x;  // a NaN stays
-    const mask n = __builtin_convertvector(x * T(1.4426950408889634) - T(0.5), mask);
-    const vec whole = __builtin_convertvector(n, vec);
-    const vec r = (x - whole * ln2_high) - whole * ln2_low;
-    vec series = vec{} + series_of_exp[degree];
-    for (std::size_t i = degree; i-- > 0;) series = series * r + series_of_exp[i];
-    const mask bits = (n + bias) << mantissa_bits;
+    const vec shifted = x * T(1.44269504088896340736) + round;
+    const vec n = shifted - round;
+    const vec r = (x - n * ln2_high) - n * ln2_low;
+    vec series = vec{} + inverse_factorials[degree];
+    for (std::size_t i = degree; i-- > 0;) series = series * r + inverse_factorials[i];
+    bits exponent;  // the low bits of `shifted` hold n
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent << mantissa) + ((bits{} + bias) << mantissa);
     vec power;
-    std::memcpy(&power, &bits, sizeof power);
-    return series * power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return x < vec{} + lowest ? vec{} : series * power;  // a NaN stays
 }
 
 /// 1 / (1 + exp(-x)), without overflow on either side.

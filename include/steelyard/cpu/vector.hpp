@@ -22,23 +22,23 @@ inline constexpr int vector_bytes = 16;
 inline constexpr int vector_registers = 16;
 #endif
 
-/// The vector types that belong to T: `vec` holds `lanes` of T, `mask` as many integers of its size.
+/// The vector types that belong to T: `vec` holds `lanes` of T, `bits` as many unsigned integers of its size.
 ///
-/// GCC and Clang vector extensions: +, *, comparisons and `mask ? vec : vec` work lane by lane on every target.
+/// GCC and Clang vector extensions: +, *, comparisons and `comparison ? vec : vec` work lane by lane on every target.
 template <class T>
 struct Simd;
 
 template <>
 struct Simd<float> {
     typedef float vec __attribute__((vector_size(vector_bytes)));
-    typedef std::int32_t mask __attribute__((vector_size(vector_bytes)));
+    typedef std::uint32_t bits __attribute__((vector_size(vector_bytes)));
     static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(float));
 };
 
 template <>
 struct Simd<double> {
     typedef double vec __attribute__((vector_size(vector_bytes)));
-    typedef std::int64_t mask __attribute__((vector_size(vector_bytes)));
+    typedef std::uint64_t bits __attribute__((vector_size(vector_bytes)));
     static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(double));
 };
 

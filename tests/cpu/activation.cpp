@@ -1,0 +1,76 @@
+#include "steelyard/cpu/activation.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+
+using namespace steelyard;
+
+namespace {
+
+template <Activation A, class T>
+std::pair<T, T> at(T x) {
+    typename cpu::Simd<T>::vec v = {};
+    v += x;
+    const auto result = cpu::activate<A, T>(v);
+    return {result.value[cpu::Simd<T>::lanes - 1], result.slope[0]};
+}
+
+template <class T>
+T exp_at(T x) {
+    typename cpu::Simd<T>::vec v = {};
+    v += x;
+    return cpu::exp_nonpositive<T>(v)[0];
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("the vector exp is within 2 ulp of the exact one", T, float, double) {
+    const double lowest = sizeof(T) == 4 ? -87.0 : -708.0, epsilon = std::numeric_limits<T>::epsilon();
+    CHECK(exp_at<T>(0) == T(1));
+    for (int i = 0; i <= 20000; ++i) {
+        const T x = static_cast<T>(lowest * std::pow(i / 20000.0, 3));
+        const long double exact = std::exp(static_cast<long double>(x));
+        CHECK(std::abs(static_cast<long double>(exp_at<T>(x)) - exact) <= 2 * epsilon * exact);
+    }
+    CHECK(exp_at<T>(T(-1e30)) == T(0));
+    CHECK(exp_at<T>(-std::numeric_limits<T>::infinity()) == T(0));
+    CHECK(std::isnan(exp_at<T>(std::numeric_limits<T>::quiet_NaN())));
+}
+
+TEST_CASE_TEMPLATE("activations and slopes equal their formulas", T, float, double) {
+    const long double tolerance = 8 * std::numeric_limits<T>::epsilon();
+    for (int i = -2000; i <= 2000; ++i) {
+        const T x = static_cast<T>(i * 0.01);
+        CAPTURE(x);
+        const long double z = x;
+        const auto check = [&](std::pair<T, T> came, long double value, long double slope) {
+            CHECK(std::abs(came.first - value) <= tolerance * std::abs(value) + 1e-3 * tolerance);
+            CHECK(std::abs(came.second - slope) <= tolerance * (1 + std::abs(slope)));
+        };
+        const long double s = 1 / (1 + std::exp(-z)), phi = std::exp(-z * z / 2) / std::sqrt(2 * std::acos(-1.0L));
+        const long double cdf = std::erfc(-z / std::sqrt(2.0L)) / 2;
+        check(at<Activation::relu>(x), z > 0 ? z : 0, z > 0);
+        check(at<Activation::relu2>(x), z > 0 ? z * z : 0, z > 0 ? 2 * z : 0);
+        check(at<Activation::silu>(x), z * s, s * (1 + z * (1 - s)));
+        const auto gelu = at<Activation::gelu>(x);  // the tail is rounded in its argument: absolute there
+        CHECK(std::abs(gelu.first - z * cdf) <= tolerance * (std::abs(z * cdf) + 0.01L));
+        CHECK(std::abs(gelu.second - (cdf + z * phi)) <= tolerance * 2);
+    }
+}
+
+TEST_CASE_TEMPLATE("activations stay finite at both ends, and a NaN stays a NaN", T, float, double) {
+    for (const T x : {T(-1e38), T(-1000), T(1000), T(1e38)}) {
+        const T linear = x > 0 ? x : T(0);
+        CHECK(at<Activation::silu>(x).first == doctest::Approx(double(linear)).epsilon(1e-6));
+        CHECK(at<Activation::gelu>(x).first == doctest::Approx(double(linear)).epsilon(1e-6));
+        CHECK(std::abs(at<Activation::silu>(x).second - (x > 0 ? T(1) : T(0))) < T(1e-6));
+        CHECK(std::abs(at<Activation::gelu>(x).second - (x > 0 ? T(1) : T(0))) < T(1e-6));
+    }
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    CHECK(std::isnan(at<Activation::relu>(nan).first));
+    CHECK(std::isnan(at<Activation::relu2>(nan).first));
+    CHECK(std::isnan(at<Activation::silu>(nan).first));
+    CHECK(std::isnan(at<Activation::gelu>(nan).first));
+}
