@@ -304,7 +304,7 @@ void draw_load(Script& script, const std::vector<RunRecord>& runs) {
         const double pace = static_cast<double>(run.loads[std::min(stride, run.loads.size() - 1)].step) - first;
         const auto columns = static_cast<double>((run.loads.size() + stride - 1) / stride);
         out << "set multiplot layout " << grid.rows << "," << grid.columns
-            << " margins 0.06,0.92,0.22,0.88 spacing 0.02,0.2\nset yrange [-0.5:" << experts << "-0.5]\nset xrange ["
+            << " margins 0.06,0.92,0.22,0.88 spacing 0.03,0.2\nset xtics font ',11'\nset yrange [-0.5:" << experts << "-0.5]\nset xrange ["
             << first - pace / 2 << ":" << first + pace * (columns - 0.5) << "]\nset nokey\nset xlabel 'step' offset 0,0.3\n"
             << "set colorbox user origin 0.935,0.22 size 0.012,0.66\n";
         for (std::size_t l = 0; l < layers; ++l) {

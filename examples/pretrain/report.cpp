@@ -136,7 +136,7 @@ std::string what_was_run(const RunRecord& run) {
            std::to_string(s.global_batch()) + " sequences of " + std::to_string(s.sequence) + " bytes (" +
            grouped(s.steps * s.tokens_per_step()) + " tokens) on " + text + domains + ", over " +
            std::to_string(s.ranks) + " ranks × " + std::to_string(s.micro_batch) + " sequences × " +
-           std::to_string(s.accumulate) + " micro-steps, seed " + std::to_string(s.seed) +
+           std::to_string(s.accumulate) + (s.accumulate == 1 ? " micro-step, seed " : " micro-steps, seed ") + std::to_string(s.seed) +
            ". Every strategy started from the same weights and saw the same sequences in the same order.";
 }
 
@@ -218,7 +218,7 @@ std::vector<std::string> findings(const std::vector<RunRecord>& runs) {
                             " times the mean load under " + a + " and " + number(1 + other.max_vio_micro, 2) +
                             " times under " + b + "; within a whole step " + number(1 + base.max_vio_global, 2) + " and " +
                             number(1 + other.max_vio_global, 2) + " times.");
-    sentences.push_back("This is one seed. Seeds differ from each other by more than strategies do, so a small "
+    sentences.push_back("This is one seed. Seeds can differ from each other by more than strategies do, so a small "
                         "difference needs several, compared pair by pair.");
     return sentences;
 }
