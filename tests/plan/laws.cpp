@@ -124,6 +124,8 @@ TEST_CASE("The laws of overflow rules pass a sound rule and catch each planted f
     static_assert(Overflow<DropLate>);
     static_assert(!Overflow<DropsNothing>);
     static_assert(!Overflow<int>);
+    CHECK(DropLate{} == DropLate{});
+    CHECK(DropsNothing{} == DropsNothing{});
     const LayerShape shape{.tokens = 30, .width = 3, .experts = 4};
     CHECK(check_overflow_laws(Dropless{}, shape, 2, Cpu{}).ok());
     CHECK(check_overflow_laws(DropLate{}, shape, 2, Cpu{}).ok());
