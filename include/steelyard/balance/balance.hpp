@@ -11,6 +11,21 @@
 
 namespace steelyard {
 
+namespace detail {
+
+// Sentences about policies stand in functions: clang++ drops a class whose static_assert fails, and then complains at
+// length of its absence.
+
+/// Whether there is a load.
+template <class ScopeT, class ObjectiveT>
+constexpr bool load_of() {
+    static_assert(ScopeT::counts || !(LoadObjective<ObjectiveT> || BiasObjective<ObjectiveT>),
+                  "steelyard: this objective acts on a load: give it a scope that counts, such as MicroBatch");
+    return ScopeT::counts;
+}
+
+}  // namespace detail
+
 /// `Balance<Scope, Objective>`: one term of a layer's balance.
 ///
 /// With w = objective.coefficient / total_tokens (see StepInfo), a load objective contributes
@@ -20,12 +35,10 @@ namespace steelyard {
 /// what one forward leaves for its backward is `Record`.
 template <Scope ScopeT, Objective ObjectiveT>
 struct Balance {
-    static_assert(ScopeT::counts || !(LoadObjective<ObjectiveT> || BiasObjective<ObjectiveT>),
-                  "steelyard: this objective acts on a load: give it a scope that counts, such as MicroBatch");
-
     ScopeT scope = {};
     ObjectiveT objective = {};
 
+    static constexpr bool has_load = detail::load_of<ScopeT, ObjectiveT>();
     static constexpr bool has_bias = BiasObjective<ObjectiveT>;
     static constexpr bool communicates = ScopeT::communicates;
     static constexpr bool communicates_at_step_end = ScopeT::sums_step;
@@ -69,7 +82,7 @@ struct Balance {
         template <class Field>
         void fields(Field&& field, const Balance& policy, const LayerShape& shape) {
             const index_t segments = policy.segments(shape);
-            if constexpr (ScopeT::counts) field("load", load, segments, shape.experts + 1);
+            if constexpr (has_load) field("load", load, segments, shape.experts + 1);
             if constexpr (LoadObjective<ObjectiveT>) {
                 field("slopes", slopes, segments, shape.experts);
                 field("prob_sums", prob_sums, segments, shape.experts);
@@ -130,7 +143,7 @@ struct Balance {
         }
         if constexpr (ScopeT::needs_rank_tokens)
             balance_ops<Device>::template count_drawn<T>(device, seen, scope.draw(seen), record.load);
-        else if constexpr (ScopeT::counts)
+        else if constexpr (has_load)
             balance_ops<Device>::template count<T>(device, seen, record.load);
         if constexpr (communicates) copy(record.load[0], wire.take(record.load.extents[1]));
     }

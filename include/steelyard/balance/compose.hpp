@@ -11,6 +11,17 @@
 
 namespace steelyard {
 
+namespace detail {
+
+template <class... Parts>
+constexpr bool bias_of() {
+    static_assert(((Parts::has_bias ? 1 : 0) + ... + 0) <= 1,
+                  "steelyard: AllOf takes at most one policy with a selection bias: two would fight over the selection");
+    return (Parts::has_bias || ...);
+}
+
+}  // namespace detail
+
 /// Several balance policies at once; their losses and gradients add up. At most one may steer a selection bias.
 ///
 /// States, records and words on the wire follow each other in the order of the parts.
@@ -18,9 +29,7 @@ template <class... Parts>
 struct AllOf {
     std::tuple<Parts...> parts;
 
-    static_assert(((Parts::has_bias ? 1 : 0) + ... + 0) <= 1,
-                  "steelyard: AllOf takes at most one policy with a selection bias: two would fight over the selection");
-    static constexpr bool has_bias = (Parts::has_bias || ...);
+    static constexpr bool has_bias = detail::bias_of<Parts...>();
     static constexpr bool communicates = (Parts::communicates || ...);
     static constexpr bool communicates_at_step_end = (Parts::communicates_at_step_end || ...);
     static constexpr bool needs_rank_tokens = (Parts::needs_rank_tokens || ...);

@@ -11,6 +11,23 @@ enum class Extent {
     whole,   ///< all micro-steps: exact, for a caller who passes over the batch twice (counts first, then trains)
 };
 
+namespace detail {
+
+template <class Inner>
+constexpr bool can_be_buffered() {
+    static_assert(Inner::counts && !Inner::per_sequence,
+                  "steelyard: Buffered takes a scope with one load for each call, such as Synchronized or MicroBatch");
+    return true;
+}
+
+template <index_t Steps>
+constexpr index_t steps_of_window() {
+    static_assert(Steps >= 1, "steelyard: Windowed needs at least one step");
+    return Steps;
+}
+
+}  // namespace detail
+
 /// f over the accumulation steps so far (2501.11873, algorithm 1): c_i += (summed) counts, f from c.
 ///
 /// `Inner` says how each micro-step counts. With one micro-step it equals `Inner`. Under `Extent::whole` the caller
@@ -18,9 +35,7 @@ enum class Extent {
 /// loads in the log, communicates nothing, and gives each token the gradient of the global batch.
 template <Scope Inner = Synchronized, Extent extent = Extent::prefix>
 struct Buffered : Inner {
-    static_assert(Inner::counts && !Inner::per_sequence,
-                  "steelyard: Buffered takes a scope with one load for each call, such as Synchronized or MicroBatch");
-    static constexpr bool remembers = true;
+    static constexpr bool remembers = detail::can_be_buffered<Inner>();
 
     template <class Space>
     constexpr void resolve(const StepInfo& at, const LoadLog<Space>& log, view<const std::int64_t, 1, Space>,
@@ -36,10 +51,9 @@ struct Buffered : Inner {
 /// past: its load is empty and the loss is 0.
 template <index_t Steps>
 struct Windowed : ScopeDefaults {
-    static_assert(Steps >= 1, "steelyard: Windowed needs at least one step");
     static constexpr bool remembers = true;
     static constexpr bool sums_step = true;
-    static constexpr index_t window = Steps;
+    static constexpr index_t window = detail::steps_of_window<Steps>();
 
     template <class Space>
     constexpr void resolve(const StepInfo&, const LoadLog<Space>&, view<const std::int64_t, 1, Space> past,

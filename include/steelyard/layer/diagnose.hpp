@@ -15,28 +15,34 @@
 
 namespace steelyard {
 
-/// One `static_assert` sentence for each thing that a policy lacks. `sound` is whether nothing was said; the layer of
-/// an unsound set of policies is empty, so that no follow-on errors bury the sentence.
+/// One sentence for each thing that a policy lacks. `diagnose` says them and tells whether there was nothing to say;
+/// the layer of an unsound set of policies is empty (layer/unsound.hpp), so that no follow-on errors bury them. They
+/// stand in functions, because clang++ drops a class whose static_assert fails and then complains of its absence.
 template <class RouterT>
 struct RouterDiagnosis {
     static constexpr bool has_top_k = requires(const RouterT& router) {
-        { router.top_k() } -> std::convertible_to<int>;
+        { router.top_k() } -> std::same_as<int>;
     };
     static constexpr bool has_check = requires(const RouterT& router, const LayerShape& shape) {
         { router.check(shape) } -> std::same_as<Status>;
     };
     static constexpr bool has_params = requires { typename RouterT::template Params<float, HostSpace>; };
     static constexpr bool meets_concept = !(has_top_k && has_check && has_params) || Router<RouterT>;
-    static_assert(has_top_k, "steelyard: Router must provide `int top_k() const`: see docs/policies/router.md");
-    static_assert(has_check,
-                  "steelyard: Router must provide `Status check(const LayerShape&) const`: see docs/policies/router.md");
-    static_assert(has_params,
-                  "steelyard: Router must provide `template <class T, class Space> struct Params`: see "
-                  "docs/policies/router.md");
-    static_assert(meets_concept,
-                  "steelyard: Router must provide `route`, `backward`, `scratch_bytes` and `==` as the concept Router "
-                  "says: see docs/policies/router.md");
     static constexpr bool sound = has_top_k && has_check && has_params && meets_concept;
+
+    static constexpr bool diagnose() {
+        static_assert(has_top_k, "steelyard: Router must provide `int top_k() const`: see docs/policies/router.md");
+        static_assert(has_check,
+                      "steelyard: Router must provide `Status check(const LayerShape&) const`: see "
+                      "docs/policies/router.md");
+        static_assert(has_params,
+                      "steelyard: Router must provide `template <class T, class Space> struct Params`: see "
+                      "docs/policies/router.md");
+        static_assert(meets_concept,
+                      "steelyard: Router must provide `route`, `backward`, `scratch_bytes` and `==` as the concept "
+                      "Router says: see docs/policies/router.md");
+        return sound;
+    }
 };
 
 template <class ExpertT>
@@ -50,54 +56,67 @@ struct ExpertDiagnosis {
         typename ExpertT::template Work<float, HostSpace>;
     };
     static constexpr bool meets_concept = !(has_check && has_params && has_rows) || Expert<ExpertT>;
-    static_assert(has_check,
-                  "steelyard: Expert must provide `Status check(const LayerShape&) const`: see docs/policies/expert.md");
-    static_assert(has_params,
-                  "steelyard: Expert must provide `template <class T, class Space> struct Params`: see "
-                  "docs/policies/expert.md");
-    static_assert(has_rows,
-                  "steelyard: Expert must provide the bundles `Kept` and `Work`: see docs/policies/expert.md");
-    static_assert(meets_concept,
-                  "steelyard: Expert must provide `forward`, `backward`, `scratch_bytes` and `==` as the concept Expert "
-                  "says: see docs/policies/expert.md");
     static constexpr bool sound = has_check && has_params && has_rows && meets_concept;
+
+    static constexpr bool diagnose() {
+        static_assert(has_check,
+                      "steelyard: Expert must provide `Status check(const LayerShape&) const`: see "
+                      "docs/policies/expert.md");
+        static_assert(has_params,
+                      "steelyard: Expert must provide `template <class T, class Space> struct Params`: see "
+                      "docs/policies/expert.md");
+        static_assert(has_rows,
+                      "steelyard: Expert must provide the bundles `Kept` and `Work`: see docs/policies/expert.md");
+        static_assert(meets_concept,
+                      "steelyard: Expert must provide `forward`, `backward`, `scratch_bytes` and `==` as the concept "
+                      "Expert says: see docs/policies/expert.md");
+        return sound;
+    }
 };
 
 template <class BalanceT>
 struct BalanceDiagnosis {
     static constexpr bool is_objective = Objective<BalanceT>;
-    static_assert(!is_objective,
-                  "steelyard: an objective needs a scope: write Balance<MicroBatch, Objective>: see "
-                  "docs/policies/balance.md");
     static constexpr bool is_policy = BalancePolicy<BalanceT>;
-    static_assert(is_objective || is_policy,
-                  "steelyard: BalancePolicy must be Balance<Scope, Objective>, AllOf<...>, Scheduled<...> or meet the "
-                  "concept BalancePolicy: see docs/policies/balance.md");
     static constexpr bool sound = !is_objective && is_policy;
+
+    static constexpr bool diagnose() {
+        static_assert(!is_objective,
+                      "steelyard: an objective needs a scope: write Balance<MicroBatch, Objective>: see "
+                      "docs/policies/balance.md");
+        static_assert(is_objective || is_policy,
+                      "steelyard: BalancePolicy must be Balance<Scope, Objective>, AllOf<...>, Scheduled<...> or meet "
+                      "the concept BalancePolicy: see docs/policies/balance.md");
+        return sound;
+    }
 };
 
 template <class T, class RouterT, class ExpertT, class BalanceT, class CommT, class OverflowT, class RetentionT,
           class DeviceT>
 struct LayerDiagnosis {
     static constexpr bool element = std::is_same_v<T, float> || std::is_same_v<T, double>;
-    static_assert(element, "steelyard: the element type of a layer is float or double");
     static constexpr bool comm = CommBackend<CommT>;
-    static_assert(comm,
-                  "steelyard: CommBackend must provide rank, size, begin_sum and end_sum: see docs/policies/comm.md");
     static constexpr bool overflow = Overflow<OverflowT>;
-    static_assert(overflow,
-                  "steelyard: Overflow must provide `static constexpr bool drops` and, where it drops, `admit`: see "
-                  "docs/policies/overflow.md");
     static constexpr bool retention = Retention<RetentionT>;
-    static_assert(retention, "steelyard: Retention is KeepActivations or RecomputeActivations");
     static constexpr bool device = requires { typename DeviceT::space; };
-    static_assert(device, "steelyard: Device must name its memory `space`: see docs/policies/device.md");
 
-    static constexpr bool sound = element && comm && overflow && retention && device &&
-                                  RouterDiagnosis<RouterT>::sound &&
-                                  ExpertDiagnosis<typename ExpertParts<ExpertT>::Routed>::sound &&
-                                  ExpertDiagnosis<typename ExpertParts<ExpertT>::Shared>::sound &&
-                                  BalanceDiagnosis<BalanceT>::sound;
+    static constexpr bool diagnose() {
+        static_assert(element, "steelyard: the element type of a layer is float or double");
+        static_assert(comm,
+                      "steelyard: CommBackend must provide rank, size, begin_sum and end_sum: see "
+                      "docs/policies/comm.md");
+        static_assert(overflow,
+                      "steelyard: Overflow must provide `static constexpr bool drops`, `check`, `==` and, where it "
+                      "drops, `scratch_bytes` and `admit`: see docs/policies/overflow.md");
+        static_assert(retention, "steelyard: Retention is KeepActivations or RecomputeActivations");
+        static_assert(device, "steelyard: Device must name its memory `space`: see docs/policies/device.md");
+        const bool policies[] = {RouterDiagnosis<RouterT>::diagnose(),
+                                 ExpertDiagnosis<typename ExpertParts<ExpertT>::Routed>::diagnose(),
+                                 ExpertDiagnosis<typename ExpertParts<ExpertT>::Shared>::diagnose(),
+                                 BalanceDiagnosis<BalanceT>::diagnose()};
+        return element && comm && overflow && retention && device && policies[0] && policies[1] && policies[2] &&
+               policies[3];
+    }
 };
 
 }  // namespace steelyard

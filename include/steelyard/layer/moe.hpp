@@ -31,7 +31,7 @@ namespace steelyard {
 /// and state as they were.
 template <class T, class RouterT, class ExpertT, class BalanceT = NoBalance, class CommT = SelfComm,
           class OverflowT = Dropless, class RetentionT = KeepActivations, class DeviceT = Cpu,
-          bool sound = LayerDiagnosis<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT>::sound>
+          bool sound = LayerDiagnosis<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT>::diagnose()>
 class MoE : LayerStages<LayerTypes<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT>> {
     using Types = LayerTypes<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT>;
     using Stages = LayerStages<Types>;

@@ -1,0 +1,18 @@
+// expect: steelyard: Device must name its memory `space`: see docs/policies/device.md
+// errors: 1
+#include "steelyard/expert/swiglu.hpp"
+#include "steelyard/layer/moe.hpp"
+#include "steelyard/router/top_k.hpp"
+
+using namespace steelyard;
+
+struct Mine {
+#ifndef STEELYARD_INVALID
+    using space = HostSpace;
+#endif
+    int threads = 1;
+};
+
+using Layer = MoE<float, TopK, SwiGlu, NoBalance, SelfComm, Dropless, KeepActivations, Mine>;
+
+const Layer::Config& of(const Layer& layer) { return layer.config(); }

@@ -1,0 +1,17 @@
+// expect: steelyard: Router must provide `template <class T, class Space> struct Params`: see docs/policies/router.md
+// errors: 1
+#include "steelyard/expert/swiglu.hpp"
+#include "steelyard/layer/moe.hpp"
+#include "steelyard/router/top_k.hpp"
+
+using namespace steelyard;
+
+struct Mine : TopK {
+#ifdef STEELYARD_INVALID
+    struct Params {};
+#endif
+};
+
+using Layer = MoE<float, Mine, SwiGlu>;
+
+const Layer::Config& of(const Layer& layer) { return layer.config(); }
