@@ -38,7 +38,8 @@ public:
     /// Random logits, their softmax, and the top_k of them.
     void route(std::uint64_t seed) {
         const Philox random(seed, Stream::user);
-        const auto& [logits, probs, expert, weight] = seen.routing;
+        const auto logits = seen.routing.logits, probs = seen.routing.probs;  // [T, E]
+        const auto expert = seen.routing.expert;                              // [T, K]
         for (index_t i = 0; i < logits.size(); ++i) logits.data[i] = random.normal(static_cast<std::uint64_t>(i));
         std::vector<expert_t> order(static_cast<std::size_t>(shape_.experts));
         for (index_t t = 0; t < shape_.tokens; ++t) {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <span>
+#include <utility>
 
 #include "steelyard/core/layout.hpp"
 
@@ -18,6 +19,12 @@ public:
     Bytes() = default;
     explicit Bytes(index_t size) : size_(static_cast<std::size_t>(size)), data_(allocate(size_)) {
         std::fill_n(data_.get(), size_, std::byte{0});
+    }
+    Bytes(Bytes&& other) noexcept : size_(std::exchange(other.size_, 0)), data_(std::move(other.data_)) {}
+    Bytes& operator=(Bytes&& other) noexcept {
+        size_ = std::exchange(other.size_, 0);
+        data_ = std::move(other.data_);
+        return *this;
     }
 
     [[nodiscard]] std::byte* data() const { return data_.get(); }

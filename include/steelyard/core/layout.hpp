@@ -118,8 +118,9 @@ namespace detail {
 /// Checks every tensor of a bundle; keeps the first refusal.
 struct Check {
     std::string_view stage;
-    std::string_view outer, inner;  // group names, outermost first
+    std::string_view group_name;
     bool absent_is_fine = false;
+    const Check* outside = nullptr;
     Status status = {};
 
     template <class T, int Rank, class Space, class... Extents>
@@ -127,17 +128,19 @@ struct Check {
         if (!status || (absent_is_fine && !tensor.present())) return;
         Status found = check_view(stage, name, tensor, extents...);
         if (found) return;
-        std::string full;
-        for (const auto& group : {outer, inner})
-            if (!group.empty()) full += std::string(group) + ".";
-        status = Status::refuse(found.code(), stage, full + std::string(name), found.expected(), found.came());
+        status = Status::refuse(found.code(), stage, prefix() + std::string(name), found.expected(), found.came());
     }
 
     template <class Bundle, class... Dims>
     void group(std::string_view name, Bundle& bundle, const Dims&... dims) {
-        Check nested{stage, outer, name, absent_is_fine};
+        Check nested{stage, name, absent_is_fine, this};
         bundle.fields(nested, dims...);
         if (status && !nested.status) status = std::move(nested.status);
+    }
+
+    [[nodiscard]] std::string prefix() const {
+        const std::string before = outside == nullptr ? std::string() : outside->prefix();
+        return group_name.empty() ? before : before + std::string(group_name) + ".";
     }
 };
 
@@ -167,7 +170,7 @@ enum class Absent { refused, fine };
 /// Checks each tensor of a bundle that the caller filled in; a refusal names it "name.group.leaf".
 template <class Bundle, class... Dims>
 Status check_bundle(std::string_view stage, std::string_view name, Absent absent, Bundle bundle, const Dims&... dims) {
-    detail::Check check{stage, name, {}, absent == Absent::fine};
+    detail::Check check{stage, name, absent == Absent::fine};
     bundle.fields(check, dims...);
     return std::move(check.status);
 }
@@ -190,22 +193,26 @@ namespace detail {
 struct Transfer {
     struct Item {
         const void* data;
-        index_t strides[4];
+        index_t extents[4], strides[4];
     };
     Item items[max_tensors];
     int count = 0;
     bool collecting = true;
 
     template <class T, int Rank, class Space, class... Extents>
-    void operator()(std::string_view, view<T, Rank, Space>& tensor, Extents... extents) {
-        static_assert(Rank <= 4);
+    void operator()(std::string_view name, view<T, Rank, Space>& tensor, Extents...) {
+        static_assert(Rank <= 4, "steelyard: a bundle with a read-only twin has tensors of at most four dimensions");
+        if (count == max_tensors)
+            throw Error(Status::refuse(Code::invalid_argument, "read_only", name,
+                                       "at most " + std::to_string(max_tensors) + " tensors in a bundle", "more"));
         Item& item = items[count++];
-        if (collecting) {
-            item.data = tensor.data;
-            for (int r = 0; r < Rank; ++r) item.strides[r] = tensor.strides[r];
-        } else if constexpr (std::is_const_v<T>) {
-            tensor = view<T, Rank, Space>(static_cast<T*>(item.data), extents...);
-            for (int r = 0; r < Rank; ++r) tensor.strides[r] = item.strides[r];
+        if (collecting) item.data = tensor.data;
+        else if constexpr (std::is_const_v<T>) tensor.data = static_cast<T*>(item.data);
+        for (int r = 0; r < Rank; ++r) {
+            index_t& extent = collecting ? item.extents[r] : tensor.extents[r];
+            index_t& stride = collecting ? item.strides[r] : tensor.strides[r];
+            extent = collecting ? tensor.extents[r] : item.extents[r];
+            stride = collecting ? tensor.strides[r] : item.strides[r];
         }
     }
 
