@@ -24,13 +24,13 @@ namespace steelyard::cpu::detail {
 /// Scratch rows of one thread in `select`.
 template <class T>
 struct SelectRows {
-    view<T, 1> score;         // [E]  log-scores, then their exponentials
-    view<T, 1> value;         // [E]  s + bias
-    view<T, 1> chosen;        // [E]  log-scores of the chosen; no more than E of them
-    view<Bits<T>, 1> key;     // [E]  order of the experts
-    view<Bits<T>, 1> group;   // [E]  order of the groups; no more than E of them
-    view<expert_t, 1> kept;   // [E]  the kept groups
-    view<expert_t, 1> order;  // [E]  what is sorted
+    view<T, 1> score;              // [E]  log-scores, then their exponentials
+    view<T, 1> value;              // [E]  s + bias
+    view<T, 1> chosen;             // [E]  log-scores of the chosen; no more than E of them
+    view<Bits<T>, 1> key;          // [E]  order of the experts
+    view<Bits<T>, 1> group;        // [E]  order of the groups; no more than E of them
+    view<expert_t, 1> kept;        // [E]  the kept groups
+    view<std::int64_t, 1> ranked;  // [E]  what is sorted
 
     template <class Field>
     void fields(Field&& field, index_t experts) {
@@ -40,35 +40,55 @@ struct SelectRows {
         field("key", key, padded<T>(experts));
         field("group", group, padded<T>(experts));
         field("kept", kept, padded<T>(experts));
-        field("order", order, padded<T>(experts));
+        field("ranked", ranked, padded<T>(experts));
     }
 };
 
 /// Writes the `count` best of `size` (padded) keys to `out`, best first, ties to the lowest index.
 ///
 /// A key of the lowest integer is no candidate; there are at least `count` candidates. Destroys the keys.
-/// `order` has room for `size` indices.
+/// `ranked` has room for `size` of them.
 template <class B>
-void take_best(B* key, index_t size, index_t count, expert_t* out, expert_t* order) {
-    constexpr B gone = std::numeric_limits<B>::min();
+void take_best(B* key, index_t size, index_t count, expert_t* out, std::int64_t* ranked) {
     constexpr index_t few = 48;  // beyond, sorting beats a scan for each
-    if (count <= few) {
-        for (index_t k = 0; k < count; ++k) {
-            B best = gone;
-            for (index_t j = 0; j < size; ++j) best = std::max(best, key[j]);
-            B at = static_cast<B>(size);
-            for (index_t j = 0; j < size; ++j)
-                at = std::min(at, key[j] == best ? static_cast<B>(j) : static_cast<B>(size));
-            out[k] = static_cast<expert_t>(at);
-            key[at] = gone;
+    constexpr std::int64_t none = std::numeric_limits<std::int64_t>::min();
+    if constexpr (sizeof(B) == 4) {
+        // Key and index in one integer, so that one maximum finds the best and its lowest index, and none is equal.
+        for (index_t j = 0; j < size; ++j) ranked[j] = (std::int64_t{key[j]} << 32) + (size - j);
+        const auto index = [size](std::int64_t rank) {
+            return static_cast<expert_t>(size - static_cast<index_t>(static_cast<std::uint32_t>(rank)));
+        };
+        if (count <= few) {
+            std::int64_t last = std::numeric_limits<std::int64_t>::max();
+            for (index_t k = 0; k < count; ++k) {
+                std::int64_t best = none;
+                for (index_t j = 0; j < size; ++j) best = std::max(best, ranked[j] < last ? ranked[j] : none);
+                out[k] = index(best);
+                last = best;
+            }
+            return;
         }
-        return;
+        const auto higher = [](std::int64_t a, std::int64_t b) { return a > b; };
+        std::nth_element(ranked, ranked + count - 1, ranked + size, higher);
+        std::sort(ranked, ranked + count, higher);
+        for (index_t k = 0; k < count; ++k) out[k] = index(ranked[k]);
+    } else {
+        if (count <= few) {
+            for (index_t k = 0; k < count; ++k) {
+                B best = none, at = size;
+                for (index_t j = 0; j < size; ++j) best = std::max(best, key[j]);
+                for (index_t j = 0; j < size; ++j) at = std::min(at, key[j] == best ? B{j} : B{size});
+                out[k] = static_cast<expert_t>(at);
+                key[at] = none;
+            }
+            return;
+        }
+        const auto before = [key](B a, B b) { return key[a] != key[b] ? key[a] > key[b] : a < b; };
+        for (index_t j = 0; j < size; ++j) ranked[j] = j;
+        std::nth_element(ranked, ranked + count - 1, ranked + size, before);
+        std::sort(ranked, ranked + count, before);
+        for (index_t k = 0; k < count; ++k) out[k] = static_cast<expert_t>(ranked[k]);
     }
-    for (index_t j = 0; j < size; ++j) order[j] = static_cast<expert_t>(j);
-    const auto before = [key](expert_t a, expert_t b) { return key[a] != key[b] ? key[a] > key[b] : a < b; };
-    std::nth_element(order, order + count - 1, order + size, before);
-    std::sort(order, order + count, before);
-    std::copy_n(order, count, out);
 }
 
 /// The order of a group from the order of its experts.
@@ -132,7 +152,7 @@ bool select_token(const SelectionRule& rule, const float* bias, index_t experts,
         for (index_t g = 0; g < groups; ++g)
             group[g] = group_key<T>(key + g * members, members, rule.group_score, bias != nullptr, sigmoid_scores);
         std::fill(group + groups, group + padded<T>(groups), std::numeric_limits<B>::min());
-        take_best(group, padded<T>(groups), rule.kept_groups, rows.kept.data, rows.order.data);
+        take_best(group, padded<T>(groups), rule.kept_groups, rows.kept.data, rows.ranked.data);
         std::fill(group, group + groups, B(0));
         for (index_t g = 0; g < rule.kept_groups; ++g) group[rows.kept.data[g]] = 1;
         for (index_t g = 0; g < groups; ++g)
@@ -140,7 +160,7 @@ bool select_token(const SelectionRule& rule, const float* bias, index_t experts,
     }
 
     // 4. The choices and their weights.
-    take_best(key, size, top_k, expert, rows.order.data);
+    take_best(key, size, top_k, expert, rows.ranked.data);
     const T scale = static_cast<T>(rule.scale);
     if (rule.weight == GateWeight::renormalized) {
         T* const chosen = rows.chosen.data;
