@@ -1,11 +1,11 @@
 #include "record.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <sstream>
 
 namespace pretrain {
 
@@ -108,21 +108,6 @@ std::string pretty(const Json& json, int depth = 0) {
     return json.dump();
 }
 
-/// Share of each expert within each domain; a domain without tokens has no column.
-std::vector<std::vector<double>> shares_by_domain(const std::vector<std::vector<std::int64_t>>& counts) {
-    const std::size_t domains = counts.empty() ? 0 : counts[0].size();
-    std::vector<std::vector<double>> shares;  // [domain][expert]
-    for (std::size_t d = 0; d < domains; ++d) {
-        double total = 0;
-        for (const auto& expert : counts) total += static_cast<double>(expert[d]);
-        if (total == 0) continue;
-        std::vector<double> share;
-        for (const auto& expert : counts) share.push_back(static_cast<double>(expert[d]) / total);
-        shares.push_back(std::move(share));
-    }
-    return shares;
-}
-
 double mean(const std::vector<double>& values) {
     return values.empty() ? nan_value
                           : std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
@@ -139,23 +124,11 @@ double mean_from(const std::vector<std::vector<double>>& series, std::size_t fro
 
 double DomainLoss::perplexity() const { return std::exp(loss); }
 
-double mutual_information(const std::vector<std::vector<std::int64_t>>& counts) {
-    const auto shares = shares_by_domain(counts);
-    double information = 0;
-    for (std::size_t e = 0; e < counts.size(); ++e) {
-        double marginal = 0;
-        for (const auto& domain : shares) marginal += domain[e] / static_cast<double>(shares.size());
-        for (const auto& domain : shares)
-            if (domain[e] > 0) information += domain[e] * std::log(domain[e] / marginal) / static_cast<double>(shares.size());
-    }
-    return information;
-}
-
-double largest_share(const std::vector<std::vector<std::int64_t>>& counts) {
-    double largest = 0;
-    for (const auto& domain : shares_by_domain(counts))
-        for (const double share : domain) largest = std::max(largest, share);
-    return largest;
+steelyard::Specialization specialization_of(const std::vector<std::vector<std::int64_t>>& counts) {
+    const std::size_t domains = counts.empty() ? 0 : counts[0].size();
+    std::vector<std::int64_t> table;  // [E, D]
+    for (const auto& expert : counts) table.insert(table.end(), expert.begin(), expert.end());
+    return steelyard::measure_specialization({table.data(), counts.size(), domains});
 }
 
 Summary summarise(const RunRecord& run) {
@@ -172,8 +145,9 @@ Summary summarise(const RunRecord& run) {
         }
         s.geometric_perplexity = std::exp(mean(losses));
         for (const auto& layer : last.counts) {
-            s.information.push_back(mutual_information(layer));
-            s.share.push_back(largest_share(layer));
+            const steelyard::Specialization found = specialization_of(layer);
+            s.information.push_back(found.mutual_information);
+            s.share.push_back(found.largest_share);
         }
     }
     const std::size_t tail = steps - (steps + 9) / 10;

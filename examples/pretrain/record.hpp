@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "settings.hpp"
+#include "steelyard/diagnostics/specialization.hpp"
 
 namespace pretrain {
 
@@ -92,12 +93,9 @@ struct RunRecord {
     }
 };
 
-/// Mutual information between expert and domain, in nats, every domain weighing the same:
-/// Σ_d Σ_e (1/D) p(e|d) log(p(e|d) / mean_d p(e|d)). 0: experts do not know domains; at most log D.
-/// `counts` is [expert][domain]; a domain without tokens is left out.
-[[nodiscard]] double mutual_information(const std::vector<std::vector<std::int64_t>>& counts);
-/// The largest share of one expert within a domain, over all experts and domains; 1/E when balanced.
-[[nodiscard]] double largest_share(const std::vector<std::vector<std::int64_t>>& counts);
+/// Mutual information between expert and domain, and the largest share of one expert within a domain, from
+/// the counts of one layer, [expert][domain].
+[[nodiscard]] steelyard::Specialization specialization_of(const std::vector<std::vector<std::int64_t>>& counts);
 
 /// The numbers of a finished or interrupted run that the table shows. NaN where the run has none.
 struct Summary {

@@ -90,7 +90,7 @@ void add_options(CLI::App& app, Settings& s, RawText& raw) {
     app.add_option("--balance-coefficient", s.balance_coefficient, "Weight of the load-balancing loss")->group(group);
     app.add_option("--z-loss", s.z_loss, "Weight of the router z-loss")->group(group);
     app.add_option("--bias-rate", s.bias_rate, "loss-free: step of the selection bias")->group(group);
-    app.add_option("--windows", s.windows, "windowed: optimizer steps that f is pooled over")->group(group);
+    app.add_option("--windows", s.windows, "windowed: optimizer steps that f is pooled over; 1, 4 or 16")->group(group);
     app.add_option("--switch-at", s.switch_at, "schedule: step of the switch; 0: after half of the steps")->group(group);
     app.add_option("--switch-to", raw.switch_to, "schedule: sync (micro before) or micro (sync before)")->group(group);
 
@@ -208,7 +208,7 @@ std::string complaint(const Settings& s) {
              at_least("--sequence", s.sequence, 2), at_least("--layers", s.layers, 1), at_least("--dim", s.dim, 1),
              at_least("--heads", s.heads, 1), at_least("--experts", s.experts, 1), at_least("--top-k", s.top_k, 1),
              at_least("--hidden", s.hidden, 1), at_least("--steps", s.steps, std::int64_t{1}),
-             at_least("--windows", s.windows, 1), at_least("--switch-at", s.switch_at, std::int64_t{0}),
+             at_least("--switch-at", s.switch_at, std::int64_t{0}),
              at_least("--warmup", s.warmup, std::int64_t{0}), at_least("--eval-sequences", s.eval_sequences, 0),
              at_least("--checkpoint-every", s.checkpoint_every, std::int64_t{0}),
              at_least("--eval-every", s.eval_every, std::int64_t{0}),
@@ -236,6 +236,8 @@ std::string complaint(const Settings& s) {
     if (s.switch_at >= s.steps)
         return "--switch-at " + std::to_string(s.switch_at) + " is not before the end of --steps " +
                std::to_string(s.steps);
+    if (s.windows != 1 && s.windows != 4 && s.windows != 16)  // part of the policy's type
+        return "--windows is compiled for 1, 4 and 16, but " + std::to_string(s.windows) + " came";
     if (s.out.empty()) return "--out names no folder";
     for (std::size_t a = 0; a < s.text.size(); ++a)
         for (std::size_t b = 0; b < a; ++b)

@@ -54,16 +54,16 @@ TEST_CASE("results.json comes back as the same runs") {
     CHECK_THROWS_AS((void)record_from_json("[1, 2]"), UserError);
 }
 
-TEST_CASE("mutual information is zero without preference and log D when each domain has its own expert") {
-    CHECK(mutual_information({{5, 50}, {15, 150}}) == doctest::Approx(0.0));
-    CHECK(mutual_information({{7, 0}, {0, 90}}) == doctest::Approx(std::log(2.0)));
+TEST_CASE("specialisation is read from a layer's counts, experts down and domains across") {
     // By hand: shares (3/4, 1/4) and (1/4, 3/4), marginal 1/2.
-    CHECK(mutual_information({{3, 1}, {1, 3}}) == doctest::Approx(0.75 * std::log(1.5) + 0.25 * std::log(0.5)));
-    CHECK(mutual_information({{3, 0}, {1, 0}}) == doctest::Approx(0.0));
-    CHECK(mutual_information({}) == 0.0);
-    CHECK(largest_share({{3, 1}, {1, 3}}) == 0.75);
-    CHECK(largest_share({{2, 10}, {2, 30}}) == 0.75);
-    CHECK(largest_share({{0}, {0}}) == 0.0);
+    const auto some = specialization_of({{3, 1}, {1, 3}});
+    CHECK(some.mutual_information == doctest::Approx(0.75 * std::log(1.5) + 0.25 * std::log(0.5)));
+    CHECK(some.largest_share == 0.75);
+    CHECK(specialization_of({{5, 50}, {15, 150}}).mutual_information == doctest::Approx(0.0));
+    // Not square: one expert takes all of both domains.
+    CHECK(specialization_of({{4, 4}, {0, 0}, {0, 0}}).largest_share == 1.0);
+    CHECK(specialization_of({{4, 4}, {0, 0}, {0, 0}}).mutual_information == doctest::Approx(0.0));
+    CHECK(specialization_of({}).mutual_information == 0.0);
 }
 
 TEST_CASE("the summary is computed from the record") {

@@ -38,7 +38,7 @@ TEST_CASE("every option reaches its setting") {
         "--micro-batch", "5", "--accumulate", "7", "--sequence", "64", "--experts", "12", "--top-k", "4", "--hidden",
         "40", "--layers", "6", "--heads", "2", "--dim", "48", "--steps", "99", "--seed", "11", "--learning-rate", "0.5",
         "--warmup", "3", "--weight-decay", "0.25", "--clip", "2.5", "--balance-coefficient", "0.125", "--z-loss", "0.5",
-        "--bias-rate", "0.75", "--switch-at", "50", "--switch-to", "micro", "--windows", "9", "--text", "a=b/c", "--text",
+        "--bias-rate", "0.75", "--switch-at", "50", "--switch-to", "micro", "--windows", "16", "--text", "a=b/c", "--text",
         "d=e=f", "--held-out", "0.25", "--text-limit", "1.5", "--eval-sequences", "8", "--out", "there", "--resume",
         "--checkpoint-every", "10", "--eval-every", "20", "--quiet"});
     REQUIRE_MESSAGE(line.settings.has_value(), line.message);
@@ -48,7 +48,7 @@ TEST_CASE("every option reaches its setting") {
     s.sequence = 64, s.experts = 12, s.top_k = 4, s.hidden = 40, s.layers = 6, s.heads = 2, s.dim = 48;
     s.steps = 99, s.seed = 11, s.learning_rate = 0.5, s.warmup = 3, s.weight_decay = 0.25, s.clip = 2.5;
     s.balance_coefficient = 0.125, s.z_loss = 0.5, s.bias_rate = 0.75;
-    s.switch_at = 50, s.switch_to = Strategy::micro, s.windows = 9;
+    s.switch_at = 50, s.switch_to = Strategy::micro, s.windows = 16;
     s.text = {{"a", "b/c"}, {"d", "e=f"}};
     s.held_out = 0.25, s.text_limit = 1.5, s.eval_sequences = 8, s.out = "there", s.resume = true;
     s.checkpoint_every = 10, s.eval_every = 20, s.quiet = true;
@@ -103,6 +103,7 @@ TEST_CASE("wrong input is answered in one sentence") {
     CHECK(refusal({"--comm", "tcp"}) == "--comm is threads or mpi, but 'tcp' came");
     CHECK(refusal({"--switch-to", "none"}) == "--switch-to is sync or micro, but 'none' came");
     CHECK(refusal({"--switch-at", "400"}) == "--switch-at 400 is not before the end of --steps 400");
+    CHECK(refusal({"--windows", "9"}) == "--windows is compiled for 1, 4 and 16, but 9 came");
     CHECK(refusal({"--text", "novel.txt"}) == "--text takes name=path, but 'novel.txt' came");
     CHECK(refusal({"--text", "a=b", "--text", "a=c"}) == "--text names the domain 'a' twice");
     CHECK(refusal({"--foo", "3"}) == "there is no option '--foo'; --help lists them all");
