@@ -1,8 +1,12 @@
 // pretrain: trains a small mixture-of-experts language model on text, under one balance strategy after the other.
+#include <unistd.h>
+
 #include <csignal>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "checkpoint.hpp"
@@ -36,7 +40,16 @@ void require_checkpoint(const Settings& settings) {
     throw UserError("--resume: there is no checkpoint of these strategies in '" + settings.out + "'");
 }
 
+/// Before hours of training, not after.
+void require_folder(const Settings& settings) {
+    std::error_code error;
+    std::filesystem::create_directories(settings.out, error);
+    if (error || ::access(settings.out.c_str(), W_OK) != 0)
+        throw UserError("--out '" + settings.out + "' is not a folder that can be written");
+}
+
 int run(const Settings& settings, const std::string& program, bool speaks) {
+    require_folder(settings);
     if (settings.resume) require_checkpoint(settings);
     const Corpus corpus(settings);
     if (speaks && corpus.generated() && !settings.quiet)

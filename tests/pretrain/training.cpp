@@ -31,6 +31,7 @@ Settings tiny(const Folder& folder, const std::string& name) {
     s.experts = 4;
     s.hidden = 8;
     s.steps = 6;
+    s.bias_rate = 0.1;
     s.eval_sequences = 3;
     s.quiet = true;
     s.out = (folder.path / name).string();
@@ -118,6 +119,19 @@ TEST_CASE("pretrain training: the loss falls, and evaluation in between changes 
     CHECK(seen.evaluations.size() == 4);
     CHECK(seen.series.loss == record.series.loss);
     CHECK(seen.evaluations.back().domains[0].loss == record.evaluations.back().domains[0].loss);
+}
+
+TEST_CASE("pretrain training: the end of a step reaches the balance state: windows fill and biases move") {
+    const Folder folder;
+    const Settings settings = tiny(folder, "steps");
+    const Corpus corpus(settings);
+    const auto windowed = train(settings, Strategy::windowed, corpus).series.balance_loss;
+    CHECK(windowed[0] == 0);  // no past yet
+    CHECK(windowed[1] > 0.5);
+    const auto biased = train(settings, Strategy::loss_free, corpus).series;
+    const auto plain = train(settings, Strategy::none, corpus).series;
+    CHECK(biased.loss[0] == plain.loss[0]);
+    CHECK(biased.loss != plain.loss);
 }
 
 TEST_CASE("pretrain training: a checkpoint that does not fit is refused, and the sentence names what differs") {
