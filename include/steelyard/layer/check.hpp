@@ -56,7 +56,7 @@ Status check_config(const Config& config) {
     if (Status s = at_least("shape.sequences", shape.sequences, 1); !s) return s;
     if (Status s = at_least("shape.micro_steps", shape.micro_steps, 1); !s) return s;
     if (Status s = at_least("shape.ranks", shape.ranks, 1); !s) return s;
-    if (Status s = at_least("device.threads", config.device.threads, 1); !s) return s;
+    if (Status s = config.device.check(); !s) return s;
     if (Status s = config.router.check(shape); !s) return s;
     using Parts = ExpertParts<std::remove_cvref_t<decltype(config.expert)>>;
     if (Status s = Parts::routed(config.expert).check(shape); !s) return s;
