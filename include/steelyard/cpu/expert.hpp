@@ -16,8 +16,10 @@ namespace steelyard {
 
 namespace cpu::detail::expert {
 
-/// Most rows of a tile, and the rows that weight gradients add at a time.
+/// Most rows of a tile.
 inline constexpr index_t tile_rows = 192;
+/// Rows that the weight gradients gather and add at a time: fixed, because it is part of the order of addition.
+inline constexpr index_t gathered_rows = 384;
 /// Rows of a weight that one task of the weight gradients owns.
 inline constexpr index_t weight_block = 192;
 
@@ -55,13 +57,13 @@ struct Tiling {
 /// One thread's part of the scratch.
 template <class T>
 struct Scratch {
-    view<T, 2> width;   // [tile_rows, d]
+    view<T, 2> width;   // [gathered_rows, d]
     view<T, 2> hidden;  // [tile_rows, h]
     view<std::byte, 1> gemm;
 
     template <class Field>
     void fields(Field&& field, index_t d, index_t h) {
-        field("width", width, tile_rows, std::max(d, weight_block));
+        field("width", width, gathered_rows, std::max(d, weight_block));
         field("hidden", hidden, tile_rows, h);
         field("gemm", gemm, gemm_scratch_bytes<T>());
     }
@@ -159,7 +161,7 @@ T activate_backward(const T* gate, const T* up, const T* dinner, T weight, index
 
 }  // namespace cpu::detail::expert
 
-/// The expert kernels of ops/expert_ops.hpp. Scratch: for each thread, 192 rows of width d and of width h, and the
+/// The expert kernels of ops/expert_ops.hpp. Scratch: for each thread, 384 rows of width d, 192 of width h, and the
 /// packing blocks of one product (about 400 KiB).
 template <>
 struct expert_ops<Cpu> {
@@ -255,8 +257,8 @@ struct expert_ops<Cpu> {
             const auto product = [&](view<const T, 2> left, view<const T, 2> right, view<T, 3> grad) {
                 if (grad.present()) cpu::gemm_tn<T>(left, right, grad[e].slice(i0, i1), cpu::Write::add, own.gemm.data);
             };
-            for (index_t r0 = plan.offsets[e]; r0 < plan.offsets[e + 1]; r0 += detail::tile_rows) {
-                const index_t r1 = std::min(r0 + detail::tile_rows, plan.offsets[e + 1]);
+            for (index_t r0 = plan.offsets[e]; r0 < plan.offsets[e + 1]; r0 += detail::gathered_rows) {
+                const index_t r1 = std::min(r0 + detail::gathered_rows, plan.offsets[e + 1]);
                 if (up) {
                     const auto dup = detail::columns(grad_rows.up.slice(r0, r1), i0, i1);
                     if (grads.up.present() || grads.gate.present()) {

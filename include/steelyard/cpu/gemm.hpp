@@ -149,14 +149,23 @@ void product(index_t m, index_t n, index_t k, const T* left, index_t left_stride
                 const index_t rows = std::min<index_t>(B::rows, m - i);
                 const T* a[B::rows];
                 if constexpr (F == Form::tn) {
-                    for (index_t p = 0; p < depth; ++p)
-                        for (index_t r = 0; r < rows; ++r) slab[p * B::rows + r] = left[(p0 + p) * left_stride + i + r];
+                    const T* from = left + p0 * left_stride + i;
+                    if (rows == B::rows)
+                        for (index_t p = 0; p < depth; ++p, from += left_stride)
+                            std::memcpy(slab + p * B::rows, from, B::rows * sizeof(T));
+                    else
+                        for (index_t p = 0; p < depth; ++p, from += left_stride)
+                            for (index_t r = 0; r < rows; ++r) slab[p * B::rows + r] = from[r];
                     for (index_t r = 0; r < B::rows; ++r) a[r] = slab + std::min(r, rows - 1);
                 } else {  // rows that are missing repeat the last one; their sums are not written
                     for (index_t r = 0; r < B::rows; ++r) a[r] = left + (i + std::min(r, rows - 1)) * left_stride + p0;
                 }
                 for (index_t j = j0; j < j1; j += B::width) {
                     const index_t columns = std::min<index_t>(B::width, j1 - j);
+                    if constexpr (F != Form::nt)  // large results come from memory while the tile is computed
+                        for (index_t r = 0; r < rows; ++r)
+                            for (index_t q = j; q < j + columns; q += B::lanes)
+                                __builtin_prefetch(out + (i + r) * out_stride + q, 1);
                     register_tile<T, F == Form::tn ? B::rows : 1>(depth, columns, a, panels + (j - j0) * B::k_block,
                                                                   tile);
                     if constexpr (F == Form::nt)

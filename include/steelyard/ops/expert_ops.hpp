@@ -38,6 +38,7 @@ struct FfnGradRows {
 /// without rows computes nothing and gets exactly no gradient):
 ///
 ///  index_t scratch_bytes<T>(device, width, hidden)
+///      bytes of `scratch` that the calls below need, aligned to `layout_alignment`.
 ///  void ffn_forward<T>(device, activation, weights, x[T,d], plan, kept (=), rows[N,d] (=) or absent, scratch)
 ///      Gathers the rows of each expert from x through the plan; writes the pre-activations to `kept`, and, where
 ///      `rows` is present, each row's output (without its combine weight).
