@@ -1,4 +1,4 @@
-// Views of row-major Eigen matrices, and Eigen maps of views.
+// Views of row-major Eigen matrices, and Eigen maps of views. The one header that needs Eigen.
 #pragma once
 
 #include <Eigen/Core>
