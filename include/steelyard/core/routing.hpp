@@ -80,9 +80,9 @@ struct Plan {
 /// What the caller says of a call's tokens.
 template <class Space = HostSpace>
 struct TokenInfo {
-    view<const std::uint8_t, 1, Space> mask;    // [T] nonzero: valid. Absent: all are valid
-    view<const index_t, 1, Space> sequences;    // [S + 1] offsets of packed sequences, 0 .. T. Absent: one sequence
-    StepInfo step;
+    view<const std::uint8_t, 1, Space> mask = {};  // [T] nonzero: valid. Absent: all are valid
+    view<const index_t, 1, Space> sequences = {};  // [S + 1] offsets of packed sequences, 0 .. T. Absent: one sequence
+    StepInfo step = {};
     Mode mode = Mode::train;
 };
 

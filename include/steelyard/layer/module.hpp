@@ -1,9 +1,11 @@
 // The layer for newcomers: owns its memory, counts its steps, throws its errors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -46,7 +48,8 @@ public:
             const Philox stream(seed, Stream::init, layer_.config().layer, tensor++);
             const auto columns = static_cast<double>(weights.extents[decltype(weights)::rank - 1]);
             for (index_t i = 0; i < weights.size(); ++i)
-                weights.data[i] = static_cast<T>((2 * stream.uniform(static_cast<std::uint64_t>(i)) - 1) / std::sqrt(columns));
+                weights.data[i] =
+                    static_cast<T>((2 * stream.uniform(static_cast<std::uint64_t>(i)) - 1) / std::sqrt(columns));
         });
     }
 
@@ -74,6 +77,17 @@ public:
                                           .context = context_,
                                           .workspace = workspace_}));
         ++micro_step_;
+    }
+
+    /// Calls visit(name, weights, gradient) for each parameter tensor: two views of equal shape, for an optimizer.
+    template <class Visit>
+    void each_param(Visit&& visit) {
+        layer_.each_param(params, [&](const std::string& name, auto weights) {
+            auto gradient = weights;
+            const auto offset = reinterpret_cast<std::byte*>(weights.data) - param_memory_.data();
+            gradient.data = reinterpret_cast<T*>(grad_memory_.data() + offset);
+            visit(name, weights, gradient);
+        });
     }
 
     /// Ends the optimizer step: windows and selection biases move, gradients become 0.
