@@ -14,7 +14,8 @@ const Everything everything{LossFree{{}, {.rate = 0.02}}, BufferedLoss{{}, {.coe
 void check(const TopK& router, const GradientCase& options = {}) {
     using Layer = MoE<double, TopK, SwiGlu, Everything>;
     check_gradients<Layer>(
-        {.shape = gradient_shape, .router = router, .expert = {.hidden = 4}, .balance = everything, .layer = 3}, options);
+        {.shape = gradient_shape, .router = router, .expert = {.hidden = 4}, .balance = everything, .layer = 3},
+        options);
 }
 
 }  // namespace
@@ -34,7 +35,12 @@ TEST_CASE("gradients of the whole layer with groups of experts, ranked by their 
     for (const Score score : {Score::softmax, Score::sigmoid}) {
         CAPTURE(static_cast<int>(score));
         check({.k = 3, .score = score, .scale = 16, .groups = 3, .kept_groups = 2, .group_score = GroupScore::max});
-        check({.k = 2, .score = score, .scale = 2.5, .groups = 3, .kept_groups = 1, .group_score = GroupScore::top2_sum});
+        check({.k = 2,
+               .score = score,
+               .scale = 2.5,
+               .groups = 3,
+               .kept_groups = 1,
+               .group_score = GroupScore::top2_sum});
         check({.k = 2, .score = score, .groups = 2, .kept_groups = 1, .group_score = GroupScore::top2_sum},
               {.padded = true});
     }
