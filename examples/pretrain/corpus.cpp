@@ -50,8 +50,7 @@ Domain read_domain(const TextSource& source, std::int64_t limit) {
         files.push_back(source.path);
     }
     for (const fs::path& file : files) append_file(file, limit, domain.bytes);
-    if (domain.bytes.empty())
-        throw UserError("--text " + source.name + ": '" + source.path + "' holds no text");
+    if (domain.bytes.empty()) throw UserError("--text " + source.name + ": '" + source.path + "' holds no text");
     return domain;
 }
 
@@ -78,8 +77,8 @@ void split(Domain& domain, double held_out, std::int64_t needed) {
 }  // namespace
 
 Corpus::Corpus(const Settings& settings) : sequence_(settings.sequence), seed_(settings.seed) {
-    const auto limit = settings.text_limit > 0 ? static_cast<std::int64_t>(settings.text_limit * 1e6)
-                                               : std::int64_t{1} << 62;
+    const auto limit =
+        settings.text_limit > 0 ? static_cast<std::int64_t>(settings.text_limit * 1e6) : std::int64_t{1} << 62;
     generated_ = settings.text.empty();
     if (generated_)
         domains_ = synthetic_domains(std::min(limit, synthetic_bytes));
@@ -93,8 +92,8 @@ Corpus::Corpus(const Settings& settings) : sequence_(settings.sequence), seed_(s
             for (std::int64_t at = range.begin; at + sequence_ + 1 <= range.end; at += sequence_ + 1)
                 starts.push_back(at);
         const auto all = static_cast<std::int64_t>(starts.size());
-        const std::int64_t wanted = settings.eval_sequences > 0 ? std::min<std::int64_t>(settings.eval_sequences, all)
-                                                                : all;
+        const std::int64_t wanted =
+            settings.eval_sequences > 0 ? std::min<std::int64_t>(settings.eval_sequences, all) : all;
         std::vector<std::int64_t> chosen;
         for (std::int64_t i = 0; i < wanted; ++i) chosen.push_back(starts[static_cast<std::size_t>(i * all / wanted)]);
         held_out_starts_.push_back(std::move(chosen));
@@ -130,8 +129,8 @@ Sample Corpus::train(std::int64_t index) const {
     for (const Range& range : domain.train) {
         const std::int64_t here = range.size() - length + 1;
         if (at < here) {
-            sample.bytes = std::span(domain.bytes).subspan(static_cast<std::size_t>(range.begin + at),
-                                                           static_cast<std::size_t>(length));
+            sample.bytes = std::span(domain.bytes)
+                               .subspan(static_cast<std::size_t>(range.begin + at), static_cast<std::size_t>(length));
             break;
         }
         at -= here;
@@ -184,9 +183,15 @@ private:
 void arithmetic_line(Dice& dice, std::string& text) {
     const int a = dice.skewed(100), b = dice.skewed(100);
     switch (dice.below(3)) {
-        case 0: text += std::to_string(a) + "+" + std::to_string(b) + "=" + std::to_string(a + b); break;
-        case 1: text += std::to_string(a + b) + "-" + std::to_string(b) + "=" + std::to_string(a); break;
-        default: text += std::to_string(a % 10) + "*" + std::to_string(b) + "=" + std::to_string(a % 10 * b); break;
+        case 0:
+            text += std::to_string(a) + "+" + std::to_string(b) + "=" + std::to_string(a + b);
+            break;
+        case 1:
+            text += std::to_string(a + b) + "-" + std::to_string(b) + "=" + std::to_string(a);
+            break;
+        default:
+            text += std::to_string(a % 10) + "*" + std::to_string(b) + "=" + std::to_string(a % 10 * b);
+            break;
     }
     text += dice.below(8) == 0 ? ";\n" : "; ";
 }

@@ -1,5 +1,6 @@
 #include "pictures.hpp"
 
+#include <unistd.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -7,7 +8,6 @@
 #include <fstream>
 #include <numeric>
 #include <sstream>
-#include <unistd.h>
 
 namespace pretrain {
 
@@ -51,8 +51,10 @@ struct Script {
         text << name << " << EOD\n";
         for (const auto& row : rows) {
             for (const double value : row)
-                if (std::isfinite(value)) text << value << ' ';
-                else text << "NaN ";
+                if (std::isfinite(value))
+                    text << value << ' ';
+                else
+                    text << "NaN ";
             text << '\n';
         }
         text << "EOD\n";
@@ -97,9 +99,10 @@ void draw_loss(Script& script, const std::vector<RunRecord>& runs) {
     const bool several = runs.size() > 1;
     script.begin("Training loss",
                  several ? "Left: cross entropy in nats per byte of each step (thin) and its running mean. Right: the "
-                           "running mean less that of " + name_of(runs[0].strategy) +
-                           ". All runs saw the same sequences in the same order, so that most noise cancels; "
-                           "below zero is better."
+                           "running mean less that of " +
+                               name_of(runs[0].strategy) +
+                               ". All runs saw the same sequences in the same order, so that most noise cancels; "
+                               "below zero is better."
                          : "Cross entropy in nats per byte of each step (thin) and its running mean.",
                  several ? 1000 : 600, 340);
     std::vector<std::string> raw, mean, difference;
@@ -112,8 +115,8 @@ void draw_loss(Script& script, const std::vector<RunRecord>& runs) {
         const std::size_t common = std::min(smooth.size(), base.size());
         std::vector<double> less(common);
         for (std::size_t i = 0; i < common; ++i) less[i] = smooth[i] - base[i];
-        difference.push_back(script.data(points({run.series.step.begin(), run.series.step.begin() +
-                                                 static_cast<std::ptrdiff_t>(common)}, less)));
+        difference.push_back(script.data(
+            points({run.series.step.begin(), run.series.step.begin() + static_cast<std::ptrdiff_t>(common)}, less)));
         // The first fall of the loss would flatten all that follows.
         for (std::size_t i = smooth.size() / 10; i < smooth.size(); ++i) {
             if (!std::isfinite(smooth[i])) continue;
@@ -159,7 +162,8 @@ void draw_perplexity(Script& script, const std::vector<RunRecord>& runs) {
     const std::string block = script.data(rows);
     auto& out = script.text;
     out << "set style data histogram\nset style histogram clustered gap 1\nset style fill solid 0.9 noborder\n"
-        << "set boxwidth 0.9\nset yrange [*<0:0<*]\nset ylabel 'per cent'\nset key outside right\nset xzeroaxis lc rgb '#333333' lt 1\n"
+        << "set boxwidth 0.9\nset yrange [*<0:0<*]\nset ylabel 'per cent'\nset key outside right\nset xzeroaxis lc rgb "
+           "'#333333' lt 1\n"
         << "set xtics (";
     for (std::size_t d = 0; d < runs[0].domains.size(); ++d) out << quoted(runs[0].domains[d]) << " " << d << ", ";
     out << "'geometric mean' " << runs[0].domains.size() << ")\nplot ";
@@ -172,7 +176,8 @@ void draw_max_vio(Script& script, const std::vector<RunRecord>& runs) {
     if (runs[0].series.size() < 2) return;
     script.begin("Imbalance: MaxVio",
                  "Load of the busiest expert over the mean load, less 1; mean over layers, running mean over steps. "
-                 "Left: within a micro-batch. Right: within a whole optimizer step.", 1000, 300);
+                 "Left: within a micro-batch. Right: within a whole optimizer step.",
+                 1000, 300);
     auto& out = script.text;
     std::vector<std::string> micro, global;
     for (const RunRecord& run : runs) {
@@ -200,7 +205,8 @@ void set_heat_palette(Script& script, double largest) {
 /// Panels of one strategy, one for each layer, at most four in a row.
 struct PanelGrid {
     std::size_t columns, rows;
-    explicit PanelGrid(std::size_t layers) : columns(std::min<std::size_t>(layers, 4)), rows((layers + columns - 1) / columns) {}
+    explicit PanelGrid(std::size_t layers)
+        : columns(std::min<std::size_t>(layers, 4)), rows((layers + columns - 1) / columns) {}
 };
 
 /// [layer][expert][domain] as load relative to balance: share of the expert within the domain, times E.
@@ -257,7 +263,8 @@ void draw_specialisation(Script& script, const std::vector<RunRecord>& runs) {
         }
         out << "set multiplot layout " << grid.rows << "," << grid.columns
             << " margins 0.1,0.92,0.06,0.86 spacing 0.015,0.1\nset yrange [" << domains << "-0.5:-0.5] \n"
-            << "set xrange [-0.5:" << tables[0].size() << "-0.5]\nset format x ''\nset nokey\nset colorbox user origin 0.935,0.1 size 0.012,0.72\n";
+            << "set xrange [-0.5:" << tables[0].size()
+            << "-0.5]\nset format x ''\nset nokey\nset colorbox user origin 0.935,0.1 size 0.012,0.72\n";
         for (std::size_t l = 0; l < tables.size(); ++l) {
             out << "set title " << quoted("layer " + std::to_string(l + 1)) << ".sprintf('   I = %.3f', "
                 << summary.information[l] << ") offset 0,-0.6\n";
@@ -285,7 +292,8 @@ void draw_load(Script& script, const std::vector<RunRecord>& runs) {
         script.begin("Load over time",
                      "Load of each expert (upwards) in a whole optimizer step as training goes on (rightwards), as "
                      "a multiple of the balanced load; everything above 3 looks like 3.",
-                     1000, static_cast<int>(grid.rows * (100 + std::clamp<std::size_t>(experts * 9, 110, 300))), label(runs, r));
+                     1000, static_cast<int>(grid.rows * (100 + std::clamp<std::size_t>(experts * 9, 110, 300))),
+                     label(runs, r));
         auto& out = script.text;
         set_heat_palette(script, 3.0);
         const std::size_t stride = std::max<std::size_t>(1, run.loads.size() / 80);
@@ -296,7 +304,8 @@ void draw_load(Script& script, const std::vector<RunRecord>& runs) {
                 const auto& load = run.loads[i].tokens_per_expert[l];
                 const double total = static_cast<double>(std::accumulate(load.begin(), load.end(), std::int64_t{0}));
                 for (std::size_t e = 0; e < experts; ++e)
-                    rows[e].push_back(total > 0 ? static_cast<double>(load[e]) / total * static_cast<double>(experts) : 0);
+                    rows[e].push_back(total > 0 ? static_cast<double>(load[e]) / total * static_cast<double>(experts)
+                                                : 0);
             }
             blocks.push_back(script.data(rows));
         }
@@ -304,14 +313,16 @@ void draw_load(Script& script, const std::vector<RunRecord>& runs) {
         const double pace = static_cast<double>(run.loads[std::min(stride, run.loads.size() - 1)].step) - first;
         const auto columns = static_cast<double>((run.loads.size() + stride - 1) / stride);
         out << "set multiplot layout " << grid.rows << "," << grid.columns
-            << " margins 0.06,0.92,0.22,0.88 spacing 0.03,0.2\nset xtics font ',11'\nset yrange [-0.5:" << experts << "-0.5]\nset xrange ["
-            << first - pace / 2 << ":" << first + pace * (columns - 0.5) << "]\nset nokey\nset xlabel 'step' offset 0,0.3\n"
+            << " margins 0.06,0.92,0.22,0.88 spacing 0.03,0.2\nset xtics font ',11'\nset yrange [-0.5:" << experts
+            << "-0.5]\nset xrange [" << first - pace / 2 << ":" << first + pace * (columns - 0.5)
+            << "]\nset nokey\nset xlabel 'step' offset 0,0.3\n"
             << "set colorbox user origin 0.935,0.22 size 0.012,0.66\n";
         for (std::size_t l = 0; l < layers; ++l) {
             out << "set title 'layer " << l + 1 << "' offset 0,-0.6\n"
-                << (l % grid.columns == 0 ? "set ytics autofreq\nset ylabel 'expert' offset 1.5,0\n" : "unset ytics\nunset ylabel\n")
-                << (l + 1 == layers ? "set colorbox\n" : "unset colorbox\n") << "plot " << blocks[l] << " matrix using (" << first
-                << "+" << pace << "*$1):2:3 with image pixels\n";
+                << (l % grid.columns == 0 ? "set ytics autofreq\nset ylabel 'expert' offset 1.5,0\n"
+                                          : "unset ytics\nunset ylabel\n")
+                << (l + 1 == layers ? "set colorbox\n" : "unset colorbox\n") << "plot " << blocks[l]
+                << " matrix using (" << first << "+" << pace << "*$1):2:3 with image pixels\n";
         }
         out << "unset multiplot\n";
     }

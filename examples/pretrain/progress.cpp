@@ -61,8 +61,14 @@ std::string progress_line(const std::string& title, const ProgressState& s, int 
 }
 
 Progress::Progress(std::string title, std::int64_t steps, bool quiet, std::int64_t first_step, std::FILE* stream)
-    : title_(std::move(title)), steps_(steps), first_step_(first_step), quiet_(quiet),
-      terminal_(isatty(fileno(stream)) != 0), stream_(stream), start_(Clock::now()), last_(start_) {}
+    : title_(std::move(title)),
+      steps_(steps),
+      first_step_(first_step),
+      quiet_(quiet),
+      terminal_(isatty(fileno(stream)) != 0),
+      stream_(stream),
+      start_(Clock::now()),
+      last_(start_) {}
 
 Progress::~Progress() {
     if (drawn_) std::fputc('\n', stream_);

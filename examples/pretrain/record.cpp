@@ -16,7 +16,9 @@ constexpr int format_version = 1;
 constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
 
 template <class T>
-concept HasFields = requires(T& value) { value.fields([](const char*, auto&) {}); };
+concept HasFields = requires(T& value) {
+    value.fields([](const char*, auto&) {});
+};
 
 // One conversion each way. Every struct is described by its own `fields`; JSON knows no infinities and no
 // NaN, so these are written as strings, and a diverged run keeps its record.
@@ -50,8 +52,9 @@ Json encode(const std::vector<T>& values) {
 void decode(const Json& json, double& value) {
     if (!json.is_string()) return void(value = json.get<double>());
     const auto text = json.get<std::string>();
-    value = text == "inf" ? std::numeric_limits<double>::infinity()
-            : text == "-inf" ? -std::numeric_limits<double>::infinity() : nan_value;
+    value = text == "inf"    ? std::numeric_limits<double>::infinity()
+            : text == "-inf" ? -std::numeric_limits<double>::infinity()
+                             : nan_value;
 }
 void decode(const Json& json, Strategy& value) { value = strategy_named(json.get<std::string>()); }
 void decode(const Json& json, CommKind& value) { value = comm_named(json.get<std::string>()); }
@@ -92,7 +95,8 @@ Json encode_summary(const RunRecord& run) {
 
 /// Numbers side by side on one line, so that a person can read the file and a diff stays small.
 std::string pretty(const Json& json, int depth = 0) {
-    const std::string indent(static_cast<std::size_t>(depth + 1) * 2, ' '), outer(static_cast<std::size_t>(depth) * 2, ' ');
+    const std::string indent(static_cast<std::size_t>(depth + 1) * 2, ' '),
+        outer(static_cast<std::size_t>(depth) * 2, ' ');
     if (json.is_object() && !json.empty()) {
         std::string text = "{\n";
         for (auto it = json.begin(); it != json.end(); ++it)
@@ -101,8 +105,7 @@ std::string pretty(const Json& json, int depth = 0) {
     }
     if (json.is_array() && !json.empty() && (json[0].is_object() || json[0].is_array())) {
         std::string text = "[\n";
-        for (std::size_t i = 0; i < json.size(); ++i)
-            text += (i ? ",\n" : "") + indent + pretty(json[i], depth + 1);
+        for (std::size_t i = 0; i < json.size(); ++i) text += (i ? ",\n" : "") + indent + pretty(json[i], depth + 1);
         return text + "\n" + outer + "]";
     }
     return json.dump();
@@ -204,8 +207,8 @@ std::vector<RunRecord> read_results(const std::filesystem::path& path) {
     try {
         const Json file = Json::parse(in);
         if (const int version = file.at("version").get<int>(); version != format_version)
-            throw UserError("'" + path.string() + "' has version " + std::to_string(version) + ", but this program reads " +
-                            std::to_string(format_version));
+            throw UserError("'" + path.string() + "' has version " + std::to_string(version) +
+                            ", but this program reads " + std::to_string(format_version));
         decode(file.at("runs"), runs);
     } catch (const nlohmann::json::exception& error) {
         throw UserError("'" + path.string() + "' is not the result of a run: " + error.what());

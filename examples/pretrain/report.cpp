@@ -32,7 +32,8 @@ std::string number(double value, int digits) {
 /// 1234567 as "1,234,567".
 std::string grouped(std::int64_t value) {
     std::string digits = std::to_string(value);
-    for (int at = static_cast<int>(digits.size()) - 3; at > 0; at -= 3) digits.insert(static_cast<std::size_t>(at), ",");
+    for (int at = static_cast<int>(digits.size()) - 3; at > 0; at -= 3)
+        digits.insert(static_cast<std::size_t>(at), ",");
     return digits;
 }
 
@@ -70,14 +71,16 @@ std::vector<Row> rows_of(const std::vector<RunRecord>& runs) {
         add("perplexity " + runs[0].domains[d], 3, Better::lower, [&](std::size_t r) {
             return d < summaries[r].perplexity.size() ? summaries[r].perplexity[d] : std::nan("");
         });
-    add("perplexity, geometric mean", 3, Better::lower, [&](std::size_t r) { return summaries[r].geometric_perplexity; });
+    add("perplexity, geometric mean", 3, Better::lower,
+        [&](std::size_t r) { return summaries[r].geometric_perplexity; });
     add("training loss, last tenth", 4, Better::lower, [&](std::size_t r) { return summaries[r].final_loss; });
     add("MaxVio, micro-batch", 2, Better::neither, [&](std::size_t r) { return summaries[r].max_vio_micro; });
     add("MaxVio, global batch", 2, Better::neither, [&](std::size_t r) { return summaries[r].max_vio_global; });
     for (int l = 0; l < runs[0].settings.layers; ++l)
         add("specialisation layer " + std::to_string(l + 1) + " (nats)", 3, Better::neither, [&, l](std::size_t r) {
             return static_cast<std::size_t>(l) < summaries[r].information.size()
-                       ? summaries[r].information[static_cast<std::size_t>(l)] : std::nan("");
+                       ? summaries[r].information[static_cast<std::size_t>(l)]
+                       : std::nan("");
         });
     add("largest share of an expert", 2, Better::neither, [&](std::size_t r) {
         const auto& share = summaries[r].share;
@@ -106,11 +109,16 @@ std::string padded(const std::string& text, std::size_t width, bool left) {
 std::string escaped(const std::string& text) {
     std::string result;
     for (const char c : text) {
-        if (c == '&') result += "&amp;";
-        else if (c == '<') result += "&lt;";
-        else if (c == '>') result += "&gt;";
-        else if (c == '"') result += "&quot;";
-        else result += c;
+        if (c == '&')
+            result += "&amp;";
+        else if (c == '<')
+            result += "&lt;";
+        else if (c == '>')
+            result += "&gt;";
+        else if (c == '"')
+            result += "&quot;";
+        else
+            result += c;
     }
     return result;
 }
@@ -131,12 +139,15 @@ std::string what_was_run(const RunRecord& run) {
     const std::string text = run.generated_text ? "the built-in synthetic languages " : "";
     return "A causal language model on bytes with " + std::to_string(s.layers) + " layers of width " +
            std::to_string(s.dim) + ", each with " + std::to_string(s.experts) + " experts of which a token meets " +
-           std::to_string(s.top_k) + (run.parameters > 0 ? " (" + grouped(run.parameters) + " parameters, " +
-           grouped(run.active_parameters) + " active)" : "") + ". Trained for " + grouped(s.steps) + " steps of " +
-           std::to_string(s.global_batch()) + " sequences of " + std::to_string(s.sequence) + " bytes (" +
-           grouped(s.steps * s.tokens_per_step()) + " tokens) on " + text + domains + ", over " +
-           std::to_string(s.ranks) + " ranks × " + std::to_string(s.micro_batch) + " sequences × " +
-           std::to_string(s.accumulate) + (s.accumulate == 1 ? " micro-step, seed " : " micro-steps, seed ") + std::to_string(s.seed) +
+           std::to_string(s.top_k) +
+           (run.parameters > 0
+                ? " (" + grouped(run.parameters) + " parameters, " + grouped(run.active_parameters) + " active)"
+                : "") +
+           ". Trained for " + grouped(s.steps) + " steps of " + std::to_string(s.global_batch()) + " sequences of " +
+           std::to_string(s.sequence) + " bytes (" + grouped(s.steps * s.tokens_per_step()) + " tokens) on " + text +
+           domains + ", over " + std::to_string(s.ranks) + " ranks × " + std::to_string(s.micro_batch) +
+           " sequences × " + std::to_string(s.accumulate) +
+           (s.accumulate == 1 ? " micro-step, seed " : " micro-steps, seed ") + std::to_string(s.seed) +
            ". Every strategy started from the same weights and saw the same sequences in the same order.";
 }
 
@@ -173,7 +184,8 @@ std::string table_text(const std::vector<RunRecord>& runs) {
     for (std::size_t i = 0; i < rows.size(); ++i) {
         text += padded(rows[i].label, label_width, true);
         for (std::size_t r = 0; r < runs.size(); ++r)
-            text += "  " + padded(rows[i].cells[r], widths[r], false) + (static_cast<int>(r) == rows[i].best ? "*" : " ");
+            text +=
+                "  " + padded(rows[i].cells[r], widths[r], false) + (static_cast<int>(r) == rows[i].best ? "*" : " ");
         text += "\n";
         if (i == 0) text += std::string(label_width + total, '-') + "\n";
     }
@@ -207,19 +219,20 @@ std::vector<std::string> findings(const std::vector<RunRecord>& runs) {
     if (known_base > 0 && known_other > 0) {
         const bool more = known_other >= known_base;
         const double ratio = more ? known_other / known_base : known_base / known_other;
-        sentences.push_back("The choice of expert tells " +
-                            (ratio < 1.05 ? "about as much" : number(ratio, 1) + " times as much") +
-                            " about the domain under " + (more ? b : a) + " as under " + (more ? a : b) + ": " +
-                            number(more ? known_other : known_base, 3) + " against " +
-                            number(more ? known_base : known_other, 3) + " nats of mutual information, mean over layers.");
+        sentences.push_back(
+            "The choice of expert tells " + (ratio < 1.05 ? "about as much" : number(ratio, 1) + " times as much") +
+            " about the domain under " + (more ? b : a) + " as under " + (more ? a : b) + ": " +
+            number(more ? known_other : known_base, 3) + " against " + number(more ? known_base : known_other, 3) +
+            " nats of mutual information, mean over layers.");
     }
     if (std::isfinite(base.max_vio_micro) && std::isfinite(other.max_vio_micro))
         sentences.push_back("Within a micro-batch the busiest expert has " + number(1 + base.max_vio_micro, 2) +
                             " times the mean load under " + a + " and " + number(1 + other.max_vio_micro, 2) +
-                            " times under " + b + "; within a whole step " + number(1 + base.max_vio_global, 2) + " and " +
-                            number(1 + other.max_vio_global, 2) + " times.");
-    sentences.push_back("This is one seed. Seeds can differ from each other by more than strategies do, so a small "
-                        "difference needs several, compared pair by pair.");
+                            " times under " + b + "; within a whole step " + number(1 + base.max_vio_global, 2) +
+                            " and " + number(1 + other.max_vio_global, 2) + " times.");
+    sentences.push_back(
+        "This is one seed. Seeds can differ from each other by more than strategies do, so a small "
+        "difference needs several, compared pair by pair.");
     return sentences;
 }
 
@@ -266,14 +279,16 @@ std::string report_html(const std::vector<RunRecord>& runs, const std::string& g
     for (const Row& row : rows_of(runs)) {
         page += "<tr><td>" + escaped(row.label) + "</td>";
         for (std::size_t r = 0; r < row.cells.size(); ++r)
-            page += (static_cast<int>(r) == row.best ? "<td class=\"best\">" : "<td>") + escaped(row.cells[r]) + "</td>";
+            page +=
+                (static_cast<int>(r) == row.best ? "<td class=\"best\">" : "<td>") + escaped(row.cells[r]) + "</td>";
         page += "</tr>\n";
     }
     page += "</tbody>\n</table>\n</div>\n";
-    page += "<p class=\"run\">Perplexity is per byte, on held-out text; the lowest is bold. Balance BSZ is the number of "
-            "sequences that the load fraction f is taken over. MaxVio is the load of the busiest expert over the mean "
-            "load, less 1 (mean over layers, second half of the run). Specialisation is the mutual information between "
-            "expert and domain on held-out text.</p>\n";
+    page +=
+        "<p class=\"run\">Perplexity is per byte, on held-out text; the lowest is bold. Balance BSZ is the number of "
+        "sequences that the load fraction f is taken over. MaxVio is the load of the busiest expert over the mean "
+        "load, less 1 (mean over layers, second half of the run). Specialisation is the mutual information between "
+        "expert and domain on held-out text.</p>\n";
 
     page += "<h2>Strategies</h2>\n<dl>\n";
     for (const RunRecord& run : runs)
@@ -282,7 +297,9 @@ std::string report_html(const std::vector<RunRecord>& runs, const std::string& g
     page += "</dl>\n";
     const std::vector<Picture> pictures = draw_pictures(runs, gnuplot);
     if (pictures.empty())
-        page += "<h2>Pictures</h2>\n<p>There are none, because gnuplot could not be run; on Debian it is the package gnuplot-nox.</p>\n";
+        page +=
+            "<h2>Pictures</h2>\n<p>There are none, because gnuplot could not be run; on Debian it is the package "
+            "gnuplot-nox.</p>\n";
     for (std::size_t i = 0; i < pictures.size(); ++i) {
         const Picture& picture = pictures[i];
         if (i == 0 || picture.title != pictures[i - 1].title)

@@ -91,7 +91,8 @@ void add_options(CLI::App& app, Settings& s, RawText& raw) {
     app.add_option("--z-loss", s.z_loss, "Weight of the router z-loss")->group(group);
     app.add_option("--bias-rate", s.bias_rate, "loss-free: step of the selection bias")->group(group);
     app.add_option("--windows", s.windows, "windowed: optimizer steps that f is pooled over; 1, 4 or 16")->group(group);
-    app.add_option("--switch-at", s.switch_at, "schedule: step of the switch; 0: after half of the steps")->group(group);
+    app.add_option("--switch-at", s.switch_at, "schedule: step of the switch; 0: after half of the steps")
+        ->group(group);
     app.add_option("--switch-to", raw.switch_to, "schedule: sync (micro before) or micro (sync before)")->group(group);
 
     group = "Batch (one step sees ranks x micro-batch x accumulate sequences)";
@@ -119,9 +120,13 @@ void add_options(CLI::App& app, Settings& s, RawText& raw) {
     app.add_option("--clip", s.clip, "Largest norm of the whole gradient; 0: any")->group(group);
 
     group = "Text";
-    app.add_option("--text", raw.text, "A domain: its name and a file or folder; repeat it for each domain. "
-                                       "Without it: built-in synthetic languages")
-        ->group(group)->type_name("NAME=PATH")->expected(1)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+    app.add_option("--text", raw.text,
+                   "A domain: its name and a file or folder; repeat it for each domain. "
+                   "Without it: built-in synthetic languages")
+        ->group(group)
+        ->type_name("NAME=PATH")
+        ->expected(1)
+        ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
     app.add_option("--held-out", s.held_out, "Fraction of each domain that is kept for evaluation")->group(group);
     app.add_option("--text-limit", s.text_limit, "Megabytes of each domain that are used; 0: all")->group(group);
     app.add_option("--eval-sequences", s.eval_sequences, "Held-out sequences of each domain per evaluation; 0: all")
@@ -166,16 +171,23 @@ CommKind comm_named(std::string_view name) {
 
 std::int64_t balance_bsz(const Settings& s, Strategy strategy) {
     switch (strategy) {
-        case Strategy::sequence: return 1;
+        case Strategy::sequence:
+            return 1;
         case Strategy::micro:
-        case Strategy::shuffle: return s.micro_batch;
-        case Strategy::sync: return std::int64_t{s.ranks} * s.micro_batch;
+        case Strategy::shuffle:
+            return s.micro_batch;
+        case Strategy::sync:
+            return std::int64_t{s.ranks} * s.micro_batch;
         case Strategy::buffer:
         case Strategy::hybrid:
-        case Strategy::loss_free: return s.global_batch();
-        case Strategy::windowed: return s.global_batch() * s.windows;
-        case Strategy::schedule: return balance_bsz(s, s.switch_to);
-        case Strategy::none: return 0;
+        case Strategy::loss_free:
+            return s.global_batch();
+        case Strategy::windowed:
+            return s.global_batch() * s.windows;
+        case Strategy::schedule:
+            return balance_bsz(s, s.switch_to);
+        case Strategy::none:
+            return 0;
     }
     return 0;
 }
@@ -183,14 +195,18 @@ std::int64_t balance_bsz(const Settings& s, Strategy strategy) {
 std::string balance_bsz_text(const Settings& s, Strategy strategy) {
     const std::string bsz = std::to_string(balance_bsz(s, strategy));
     switch (strategy) {
-        case Strategy::hybrid: return bsz + " & " + std::to_string(s.micro_batch);
-        case Strategy::shuffle: return bsz + " of " + std::to_string(balance_bsz(s, Strategy::sync));
+        case Strategy::hybrid:
+            return bsz + " & " + std::to_string(s.micro_batch);
+        case Strategy::shuffle:
+            return bsz + " of " + std::to_string(balance_bsz(s, Strategy::sync));
         case Strategy::schedule: {
             const Strategy from = s.switch_to == Strategy::sync ? Strategy::micro : Strategy::sync;
             return std::to_string(balance_bsz(s, from)) + " → " + bsz + " at step " + std::to_string(s.switch_step());
         }
-        case Strategy::none: return "none";
-        default: return bsz;
+        case Strategy::none:
+            return "none";
+        default:
+            return bsz;
     }
 }
 
@@ -203,18 +219,29 @@ std::string complaint(const Settings& s) {
     };
     for (const std::string& sentence : {
              s.balance.empty() ? std::string("--balance names no strategy") : std::string(),
-             at_least("--ranks", s.ranks, 1), at_least("--threads", s.threads, 1),
-             at_least("--micro-batch", s.micro_batch, 1), at_least("--accumulate", s.accumulate, 1),
-             at_least("--sequence", s.sequence, 2), at_least("--layers", s.layers, 1), at_least("--dim", s.dim, 1),
-             at_least("--heads", s.heads, 1), at_least("--experts", s.experts, 1), at_least("--top-k", s.top_k, 1),
-             at_least("--hidden", s.hidden, 1), at_least("--steps", s.steps, std::int64_t{1}),
+             at_least("--ranks", s.ranks, 1),
+             at_least("--threads", s.threads, 1),
+             at_least("--micro-batch", s.micro_batch, 1),
+             at_least("--accumulate", s.accumulate, 1),
+             at_least("--sequence", s.sequence, 2),
+             at_least("--layers", s.layers, 1),
+             at_least("--dim", s.dim, 1),
+             at_least("--heads", s.heads, 1),
+             at_least("--experts", s.experts, 1),
+             at_least("--top-k", s.top_k, 1),
+             at_least("--hidden", s.hidden, 1),
+             at_least("--steps", s.steps, std::int64_t{1}),
              at_least("--switch-at", s.switch_at, std::int64_t{0}),
-             at_least("--warmup", s.warmup, std::int64_t{0}), at_least("--eval-sequences", s.eval_sequences, 0),
+             at_least("--warmup", s.warmup, std::int64_t{0}),
+             at_least("--eval-sequences", s.eval_sequences, 0),
              at_least("--checkpoint-every", s.checkpoint_every, std::int64_t{0}),
              at_least("--eval-every", s.eval_every, std::int64_t{0}),
-             not_negative("--balance-coefficient", s.balance_coefficient), not_negative("--z-loss", s.z_loss),
-             not_negative("--bias-rate", s.bias_rate), not_negative("--weight-decay", s.weight_decay),
-             not_negative("--clip", s.clip), not_negative("--text-limit", s.text_limit),
+             not_negative("--balance-coefficient", s.balance_coefficient),
+             not_negative("--z-loss", s.z_loss),
+             not_negative("--bias-rate", s.bias_rate),
+             not_negative("--weight-decay", s.weight_decay),
+             not_negative("--clip", s.clip),
+             not_negative("--text-limit", s.text_limit),
          })
         if (!sentence.empty()) return sentence;
 
@@ -307,8 +334,8 @@ std::string resume_complaint(const Settings& saved, const Settings& now) {
 
 std::string command_of(const Settings& s) {
     const auto now = field_texts(s), usual = field_texts(Settings{});
-    std::string command = s.comm == CommKind::mpi ? "mpirun -n " + std::to_string(s.ranks) + " --oversubscribe pretrain"
-                                                  : "pretrain";
+    std::string command =
+        s.comm == CommKind::mpi ? "mpirun -n " + std::to_string(s.ranks) + " --oversubscribe pretrain" : "pretrain";
     for (std::size_t i = 0; i < now.size(); ++i) {
         const auto& [name, value] = now[i];
         if (name == "text")
@@ -322,9 +349,10 @@ std::string command_of(const Settings& s) {
 CommandLine parse_command_line(int argc, const char* const* argv) {
     Settings s;
     RawText raw{joined(s.balance), name_of(s.switch_to), name_of(s.comm), {}};
-    CLI::App app{"Trains small mixture-of-experts language models on bytes, one for each balance strategy, with\n"
-                 "equal tokens and seed, and reports perplexity, balance and specialisation side by side.\n",
-                 "pretrain"};
+    CLI::App app{
+        "Trains small mixture-of-experts language models on bytes, one for each balance strategy, with\n"
+        "equal tokens and seed, and reports perplexity, balance and specialisation side by side.\n",
+        "pretrain"};
     CommandLine answer;
     try {
         add_options(app, s, raw);

@@ -192,8 +192,9 @@ TEST_CASE("text that cannot be used is answered in one sentence") {
     s.text[0].path = (folder.path / "nothing").string();
     CHECK(message_of(s) == "--text novel: '" + s.text[0].path + "' holds no text");
     s.text[0].path = folder.write("short.txt", std::string(1000, 'x'));
-    CHECK(message_of(s) == "the domain 'novel' has 1000 bytes, but for sequences of 128 and --held-out 0.10 it needs at "
-                           "least 1291");
+    CHECK(message_of(s) ==
+          "the domain 'novel' has 1000 bytes, but for sequences of 128 and --held-out 0.10 it needs at "
+          "least 1291");
     s.text[0].path = folder.write("enough.txt", std::string(1291, 'x'));
     CHECK(message_of(s).empty());
 }

@@ -23,12 +23,13 @@ inline pretrain::RunRecord run(pretrain::Strategy strategy, double preference, d
     r.wall_seconds = 61.5;
     const auto layers = static_cast<std::size_t>(r.settings.layers);
     const auto experts = static_cast<std::size_t>(r.settings.experts);
-    const steelyard::Philox noise(7, steelyard::Stream::user), own(static_cast<std::uint64_t>(gain * 1e4), steelyard::Stream::user);
+    const steelyard::Philox noise(7, steelyard::Stream::user),
+        own(static_cast<std::uint64_t>(gain * 1e4), steelyard::Stream::user);
     for (std::int64_t s = 0; s < steps; ++s) {
         const auto i = static_cast<std::uint64_t>(s);
         r.series.step.push_back(s);
-        r.series.loss.push_back(1.8 + 3.6 * std::exp(-static_cast<double>(s) / 25.0) + 0.08 * noise.normal(i) + 0.005 * own.normal(i) -
-                                gain * static_cast<double>(s) / static_cast<double>(steps));
+        r.series.loss.push_back(1.8 + 3.6 * std::exp(-static_cast<double>(s) / 25.0) + 0.08 * noise.normal(i) +
+                                0.005 * own.normal(i) - gain * static_cast<double>(s) / static_cast<double>(steps));
         r.series.balance_loss.push_back(1.0 + 0.1 * noise.uniform(i));
         r.series.learning_rate.push_back(1e-3);
         r.series.gradient_norm.push_back(0.5);
@@ -64,8 +65,8 @@ inline pretrain::RunRecord run(pretrain::Strategy strategy, double preference, d
             std::vector<std::int64_t> row;
             for (std::size_t d = 0; d < r.domains.size(); ++d) {
                 const bool likes = (e * 7 + l) % r.domains.size() == d;
-                row.push_back(static_cast<std::int64_t>(1000 * (1 + (likes ? 4 : -0.8) * preference +
-                                                                0.1 * noise.uniform(e * 50 + d * 3 + l))));
+                row.push_back(static_cast<std::int64_t>(
+                    1000 * (1 + (likes ? 4 : -0.8) * preference + 0.1 * noise.uniform(e * 50 + d * 3 + l))));
             }
             table.push_back(row);
         }

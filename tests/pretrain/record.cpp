@@ -38,7 +38,8 @@ TEST_CASE("a record survives JSON with every bit") {
 
 TEST_CASE("results.json comes back as the same runs") {
     const auto path = std::filesystem::temp_directory_path() / "steelyard-results.json";
-    const std::vector<RunRecord> runs = {fabricated::run(Strategy::micro, 0, 0, 10), fabricated::run(Strategy::sync, 1, 0, 10)};
+    const std::vector<RunRecord> runs = {fabricated::run(Strategy::micro, 0, 0, 10),
+                                         fabricated::run(Strategy::sync, 1, 0, 10)};
     write_results(path, runs);
     const auto back = read_results(path);
     REQUIRE(back.size() == 2);

@@ -34,7 +34,8 @@ bool gnuplot_here() { return std::system("gnuplot --version >/dev/null 2>&1") ==
 void check_self_contained(const std::string& page) {
     std::string rest = page;
     for (const char* name : {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"})
-        for (auto at = rest.find(name); at != std::string::npos; at = rest.find(name)) rest.erase(at, std::string(name).size());
+        for (auto at = rest.find(name); at != std::string::npos; at = rest.find(name))
+            rest.erase(at, std::string(name).size());
     CHECK_FALSE(contains(rest, "http:"));
     CHECK_FALSE(contains(rest, "https:"));
     CHECK_FALSE(contains(rest, "<script"));

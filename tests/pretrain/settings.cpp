@@ -34,13 +34,74 @@ TEST_CASE("no arguments give the defaults, and these are valid") {
 }
 
 TEST_CASE("every option reaches its setting") {
-    const CommandLine line = parse({"--balance", "loss-free,none", "--ranks", "3", "--comm", "mpi", "--threads", "2",
-        "--micro-batch", "5", "--accumulate", "7", "--sequence", "64", "--experts", "12", "--top-k", "4", "--hidden",
-        "40", "--layers", "6", "--heads", "2", "--dim", "48", "--steps", "99", "--seed", "11", "--learning-rate", "0.5",
-        "--warmup", "3", "--weight-decay", "0.25", "--clip", "2.5", "--balance-coefficient", "0.125", "--z-loss", "0.5",
-        "--bias-rate", "0.75", "--switch-at", "50", "--switch-to", "micro", "--windows", "16", "--text", "a=b/c", "--text",
-        "d=e=f", "--held-out", "0.25", "--text-limit", "1.5", "--eval-sequences", "8", "--out", "there", "--resume",
-        "--checkpoint-every", "10", "--eval-every", "20", "--quiet"});
+    const CommandLine line = parse({"--balance",
+                                    "loss-free,none",
+                                    "--ranks",
+                                    "3",
+                                    "--comm",
+                                    "mpi",
+                                    "--threads",
+                                    "2",
+                                    "--micro-batch",
+                                    "5",
+                                    "--accumulate",
+                                    "7",
+                                    "--sequence",
+                                    "64",
+                                    "--experts",
+                                    "12",
+                                    "--top-k",
+                                    "4",
+                                    "--hidden",
+                                    "40",
+                                    "--layers",
+                                    "6",
+                                    "--heads",
+                                    "2",
+                                    "--dim",
+                                    "48",
+                                    "--steps",
+                                    "99",
+                                    "--seed",
+                                    "11",
+                                    "--learning-rate",
+                                    "0.5",
+                                    "--warmup",
+                                    "3",
+                                    "--weight-decay",
+                                    "0.25",
+                                    "--clip",
+                                    "2.5",
+                                    "--balance-coefficient",
+                                    "0.125",
+                                    "--z-loss",
+                                    "0.5",
+                                    "--bias-rate",
+                                    "0.75",
+                                    "--switch-at",
+                                    "50",
+                                    "--switch-to",
+                                    "micro",
+                                    "--windows",
+                                    "16",
+                                    "--text",
+                                    "a=b/c",
+                                    "--text",
+                                    "d=e=f",
+                                    "--held-out",
+                                    "0.25",
+                                    "--text-limit",
+                                    "1.5",
+                                    "--eval-sequences",
+                                    "8",
+                                    "--out",
+                                    "there",
+                                    "--resume",
+                                    "--checkpoint-every",
+                                    "10",
+                                    "--eval-every",
+                                    "20",
+                                    "--quiet"});
     REQUIRE_MESSAGE(line.settings.has_value(), line.message);
     Settings s;
     s.balance = {Strategy::loss_free, Strategy::none};
@@ -56,10 +117,10 @@ TEST_CASE("every option reaches its setting") {
 }
 
 TEST_CASE("the command of a run gives the same run again") {
-    const CommandLine line = parse({"--balance", "schedule", "--steps", "50", "--text", "a=my file's.txt", "--seed", "3"});
+    const CommandLine line =
+        parse({"--balance", "schedule", "--steps", "50", "--text", "a=my file's.txt", "--seed", "3"});
     REQUIRE(line.settings.has_value());
-    CHECK(command_of(*line.settings) ==
-          "pretrain --balance schedule --steps 50 --seed 3 --text 'a=my file'\\''s.txt'");
+    CHECK(command_of(*line.settings) == "pretrain --balance schedule --steps 50 --seed 3 --text 'a=my file'\\''s.txt'");
     CHECK(command_of(Settings{}) == "pretrain");
     Settings mpi;
     mpi.comm = CommKind::mpi;
