@@ -98,7 +98,10 @@ struct LayerDiagnosis {
     static constexpr bool comm = CommBackend<CommT>;
     static constexpr bool overflow = Overflow<OverflowT>;
     static constexpr bool retention = Retention<RetentionT>;
-    static constexpr bool device = requires { typename DeviceT::space; };
+    static constexpr bool device = requires(const DeviceT& device) {
+        typename DeviceT::space;
+        { device.check() } -> std::same_as<Status>;
+    };
 
     static constexpr bool diagnose() {
         static_assert(element, "steelyard: the element type of a layer is float or double");
@@ -109,7 +112,9 @@ struct LayerDiagnosis {
                       "steelyard: Overflow must provide `static constexpr bool drops`, `check`, `==` and, where it "
                       "drops, `scratch_bytes` and `admit`: see docs/policies/overflow.md");
         static_assert(retention, "steelyard: Retention is KeepActivations or RecomputeActivations");
-        static_assert(device, "steelyard: Device must name its memory `space`: see docs/policies/device.md");
+        static_assert(device,
+                      "steelyard: Device must name its memory `space` and provide `Status check() const`: see "
+                      "docs/policies/device.md");
         const bool policies[] = {RouterDiagnosis<RouterT>::diagnose(),
                                  ExpertDiagnosis<typename ExpertParts<ExpertT>::Routed>::diagnose(),
                                  ExpertDiagnosis<typename ExpertParts<ExpertT>::Shared>::diagnose(),

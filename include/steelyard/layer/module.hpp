@@ -102,6 +102,8 @@ public:
     [[nodiscard]] std::int64_t step() const { return step_; }
     [[nodiscard]] double balance_loss() const { return layer_.balance_loss(context_); }
     [[nodiscard]] Routing<T> routing() const { return layer_.routing(context_); }
+    /// Of the last forward: what `layer().plan` and `layer().balance_record` read.
+    [[nodiscard]] std::span<std::byte> context() const { return context_; }
     /// What a checkpoint must hold beside `params` and `step()`.
     [[nodiscard]] std::span<std::byte> state() const { return state_; }
     /// Goes on from a checkpoint whose state has been copied into `state()`.

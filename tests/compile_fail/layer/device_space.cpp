@@ -1,4 +1,4 @@
-// expect: steelyard: Device must name its memory `space`: see docs/policies/device.md
+// expect: steelyard: Device must name its memory `space` and provide `Status check() const`: see docs/policies/device.md
 // errors: 1
 #include "steelyard/expert/swiglu.hpp"
 #include "steelyard/layer/moe.hpp"
@@ -10,7 +10,8 @@ struct Mine {
 #ifndef STEELYARD_INVALID
     using space = HostSpace;
 #endif
-    int threads = 1;
+    Status check() const { return {}; }
+    friend bool operator==(const Mine&, const Mine&) = default;
 };
 
 using Layer = MoE<float, TopK, SwiGlu, NoBalance, SelfComm, Dropless, KeepActivations, Mine>;
