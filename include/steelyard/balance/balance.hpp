@@ -200,19 +200,23 @@ struct Balance {
         return communicates_at_step_end ? shape.experts + 1 : 0;
     }
 
-    /// Adds up the step's load and, where it travels, puts it on the wire.
+    /// Where the step's load travels, adds it up on the wire. Changes no state: the sum may yet be refused.
     template <class Space>
-    constexpr void collect_step(const State<Space>& state, std::int64_t step, [[maybe_unused]] Wire<Space>& wire) const {
-        if constexpr (remembers) state.log.sum(step, state.log.step.extents[0], state.step_load);
-        if constexpr (communicates_at_step_end) copy(state.step_load, wire.take(state.step_load.extents[0]));
+    constexpr void collect_step([[maybe_unused]] const State<Space>& state, [[maybe_unused]] std::int64_t step,
+                                [[maybe_unused]] Wire<Space>& wire) const {
+        if constexpr (communicates_at_step_end)
+            state.log.sum(step, state.log.step.extents[0], wire.take(state.step_load.extents[0]));
     }
 
     /// Ends optimizer step `step`: moves the window and the bias, once however often it is called.
     template <class Space>
     constexpr void end_step(const State<Space>& state, std::int64_t step, [[maybe_unused]] Wire<Space>& wire) const {
-        if constexpr (communicates_at_step_end) copy(wire.take(state.step_load.extents[0]), state.step_load);
+        [[maybe_unused]] view<std::int64_t, 1, Space> summed;
+        if constexpr (communicates_at_step_end) summed = wire.take(state.step_load.extents[0]);
         if constexpr (remembers) {
             if (state.ended[0] == step) return;
+            if constexpr (communicates_at_step_end) copy(summed, state.step_load);
+            else state.log.sum(step, state.log.step.extents[0], state.step_load);
             if constexpr (ScopeT::window > 0) {
                 const auto slot = state.window[state.ended[1] % ScopeT::window];
                 for (index_t w = 0; w < slot.extents[0]; ++w) {
