@@ -14,19 +14,19 @@ using LossAndZ = AllOf<MicroBatchLoss, RouterZLoss>;
 void layer_forward(benchmark::State& state, const Shape& shape) {
     const int threads = static_cast<int>(state.range(0));
     LayerCase<LossAndZ> layer(shape, {}, threads);
+    const Lap lap;
     for (auto _ : state) layer.forward();
-    report_flops(state, shape.forward_flops(), threads);
-    state.counters["tokens/s"] =
-        benchmark::Counter(static_cast<double>(shape.tokens), benchmark::Counter::kIsIterationInvariantRate);
+    report_flops(state, lap, shape.forward_flops(), threads);
+    state.counters["tokens/s"] = static_cast<double>(shape.tokens) / lap.seconds(state);
 }
 
 void layer_forward_backward(benchmark::State& state, const Shape& shape) {
     const int threads = static_cast<int>(state.range(0));
     LayerCase<LossAndZ> layer(shape, {}, threads);
+    const Lap lap;
     for (auto _ : state) layer.forward(), layer.backward();
-    report_flops(state, 3 * shape.forward_flops(), threads);
-    state.counters["tokens/s"] =
-        benchmark::Counter(static_cast<double>(shape.tokens), benchmark::Counter::kIsIterationInvariantRate);
+    report_flops(state, lap, 3 * shape.forward_flops(), threads);
+    state.counters["tokens/s"] = static_cast<double>(shape.tokens) / lap.seconds(state);
 }
 
 double median(std::vector<double> values) {

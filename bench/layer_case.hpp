@@ -110,26 +110,34 @@ private:
     std::int64_t step_ = 0;
 };
 
-/// Adds the counter `of_fma_peak`: the rate as a fraction of the multiply-add peak of the threads used.
-inline void report_flops(benchmark::State& state, double flops, int threads) {
-    const double peak = limits().fma_gflops_float * 1e9 * threads;
-    state.counters["of_fma_peak"] =
-        benchmark::Counter(flops / peak, benchmark::Counter::kIsIterationInvariantRate);
-    state.counters["GFLOP/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+/// Seconds of one iteration: construct before the timed loop, ask after it.
+class Lap {
+public:
+    [[nodiscard]] double seconds(const benchmark::State& state) const {
+        return (now() - start_) / static_cast<double>(state.iterations());
+    }
+
+private:
+    double start_ = now();
+};
+
+/// Counters `GFLOP/s` and `of_fma_peak`: the rate, and its share of the multiply-add peak of the threads used.
+inline void report_flops(benchmark::State& state, const Lap& lap, double flops, int threads) {
+    const double rate = flops * 1e-9 / lap.seconds(state);
+    state.counters["GFLOP/s"] = rate;
+    state.counters["of_fma_peak"] = rate / (limits().fma_gflops_float * threads);
 }
 
-/// Adds the counter `of_copy`: bytes read and written as a fraction of memcpy's rate.
-inline void report_bytes(benchmark::State& state, double bytes) {
-    state.counters["of_copy"] = benchmark::Counter(bytes / (limits().copy_gbytes * 1e9),
-                                                   benchmark::Counter::kIsIterationInvariantRate);
-    state.counters["GB/s"] = benchmark::Counter(bytes * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+/// Counters `GB/s` and `of_copy`: bytes read and written, and their share of memcpy's rate.
+inline void report_bytes(benchmark::State& state, const Lap& lap, double bytes) {
+    const double rate = bytes * 1e-9 / lap.seconds(state);
+    state.counters["GB/s"] = rate;
+    state.counters["of_copy"] = rate / limits().copy_gbytes;
 }
 
-/// Adds the counter `ns_per_token`.
-inline void report_tokens(benchmark::State& state, index_t tokens) {
-    state.counters["ns_per_token"] =
-        benchmark::Counter(static_cast<double>(tokens) * 1e-9,
-                           benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+/// Counter `ns_per_token`.
+inline void report_tokens(benchmark::State& state, const Lap& lap, index_t tokens) {
+    state.counters["ns_per_token"] = lap.seconds(state) * 1e9 / static_cast<double>(tokens);
 }
 
 }  // namespace steelyard_bench

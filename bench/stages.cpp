@@ -39,23 +39,25 @@ void router(benchmark::State& state, const Shape& shape) {
     const Bytes scratch = scratch_for(made.layer());
     const auto params = made.layer().read_only_params(made.params());
     const auto out = made.layer().routing(made.context());
+    const Lap lap;
     for (auto _ : state)
         throw_if_refused(config.router.route<float>(config.device, params.router, made.x(), view<const float, 1>{},
                                                     TokenInfo<>{}, 0, out, scratch.data()));
-    report_tokens(state, shape.tokens);
-    report_flops(state, 2.0 * static_cast<double>(shape.tokens * shape.width * shape.experts), 1);
+    report_tokens(state, lap, shape.tokens);
+    report_flops(state, lap, 2.0 * static_cast<double>(shape.tokens * shape.width * shape.experts), 1);
 }
 
 void select(benchmark::State& state, const Shape& shape) {
     Case& made = routed(shape);
     const auto out = made.layer().routing(made.context());
     const Bytes scratch = scratch_for(made.layer());
+    const Lap lap;
     for (auto _ : state)
         benchmark::DoNotOptimize(router_ops<Cpu>::select<float>(Cpu{}, made.layer().config().router.rule(),
                                                                 view<const float, 1>{}, view<const std::uint8_t, 1>{},
                                                                 out, scratch.data()));
-    report_tokens(state, shape.tokens);
-    report_bytes(state, 2.0 * static_cast<double>(out.logits.size()) * sizeof(float));
+    report_tokens(state, lap, shape.tokens);
+    report_bytes(state, lap, 2.0 * static_cast<double>(out.logits.size()) * sizeof(float));
 }
 
 void plan(benchmark::State& state, const Shape& shape) {
@@ -63,10 +65,11 @@ void plan(benchmark::State& state, const Shape& shape) {
     const auto routing = made.layer().routing(made.context());
     const auto made_plan = made.layer().plan(made.context());
     const Bytes scratch = scratch_for(made.layer());
+    const Lap lap;
     for (auto _ : state)
         plan_ops<Cpu>::make_plan(Cpu{}, view<const expert_t, 2>(routing.expert), made_plan, scratch.data());
-    report_tokens(state, shape.tokens);
-    report_bytes(state, 4.0 * static_cast<double>(routing.expert.size()) * sizeof(std::int32_t));
+    report_tokens(state, lap, shape.tokens);
+    report_bytes(state, lap, 4.0 * static_cast<double>(routing.expert.size()) * sizeof(std::int32_t));
 }
 
 struct Rows {
@@ -79,9 +82,10 @@ struct Rows {
 void dispatch_rows(benchmark::State& state, const Shape& shape) {
     Case& made = routed(shape);
     const Rows to(shape);
+    const Lap lap;
     for (auto _ : state)
         plan_ops<Cpu>::dispatch<float>(Cpu{}, made.layer().plan(made.context()), made.x(), to.rows);
-    report_bytes(state, 2.0 * static_cast<double>(to.memory.size()));
+    report_bytes(state, lap, 2.0 * static_cast<double>(to.memory.size()));
 }
 
 void combine_rows(benchmark::State& state, const Shape& shape) {
@@ -89,10 +93,11 @@ void combine_rows(benchmark::State& state, const Shape& shape) {
     const Rows from(shape), to(shape);
     const auto routing = made.layer().routing(made.context());
     const auto y = view<float, 2>(to.rows.data, shape.tokens, shape.width);
+    const Lap lap;
     for (auto _ : state)
         plan_ops<Cpu>::combine<float>(Cpu{}, made.layer().plan(made.context()), view<const float, 2>(from.rows),
                                       view<const float, 2>(routing.weight), y);
-    report_bytes(state, static_cast<double>(from.memory.size()) * (1.0 + 1.0 / shape.top_k));
+    report_bytes(state, lap, static_cast<double>(from.memory.size()) * (1.0 + 1.0 / shape.top_k));
 }
 
 /// Experts alone: gather, products and activation, without router and combine.
@@ -138,23 +143,26 @@ private:
 void experts_forward(benchmark::State& state, const Shape& shape) {
     const int threads = static_cast<int>(state.range(0));
     Experts experts(shape, threads);
+    const Lap lap;
     for (auto _ : state) experts.forward();
-    report_flops(state, shape.forward_flops(), threads);
+    report_flops(state, lap, shape.forward_flops(), threads);
 }
 
 void experts_backward(benchmark::State& state, const Shape& shape) {
     const int threads = static_cast<int>(state.range(0));
     Experts experts(shape, threads);
     experts.forward();
+    const Lap lap;
     for (auto _ : state) experts.backward();
-    report_flops(state, 2 * shape.forward_flops(), threads);
+    report_flops(state, lap, 2 * shape.forward_flops(), threads);
 }
 
 void count_load(benchmark::State& state, const Shape& shape) {
     const auto seen = observation(routed(shape));
     std::vector<std::int64_t> words(static_cast<std::size_t>(shape.experts + 1));
+    const Lap lap;
     for (auto _ : state) Ops::count(Cpu{}, seen, view<std::int64_t, 2>(words.data(), 1, shape.experts + 1));
-    report_tokens(state, shape.tokens);
+    report_tokens(state, lap, shape.tokens);
 }
 
 void sum_probs(benchmark::State& state, const Shape& shape) {
@@ -162,18 +170,20 @@ void sum_probs(benchmark::State& state, const Shape& shape) {
     const Bytes scratch(Ops::scratch_bytes(Cpu{}, routed(shape).layer().shape()));
     std::vector<double> sums(static_cast<std::size_t>(shape.experts));
     std::int64_t own = 0;
+    const Lap lap;
     for (auto _ : state)
         Ops::sum_probs(Cpu{}, seen, view<double, 2>(sums.data(), 1, shape.experts), view<std::int64_t, 1>(&own, 1),
                        scratch.data());
-    report_tokens(state, shape.tokens);
-    report_bytes(state, static_cast<double>(seen.routing.probs.size()) * sizeof(float));
+    report_tokens(state, lap, shape.tokens);
+    report_bytes(state, lap, static_cast<double>(seen.routing.probs.size()) * sizeof(float));
 }
 
 void z_loss(benchmark::State& state, const Shape& shape) {
     const auto seen = observation(routed(shape));
     const Bytes scratch(Ops::scratch_bytes(Cpu{}, routed(shape).layer().shape()));
+    const Lap lap;
     for (auto _ : state) benchmark::DoNotOptimize(Ops::sum_tokens(Cpu{}, seen, ZLoss{}, scratch.data()));
-    report_tokens(state, shape.tokens);
+    report_tokens(state, lap, shape.tokens);
 }
 
 [[maybe_unused]] const bool registered = [] {
