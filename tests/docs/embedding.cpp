@@ -1,0 +1,152 @@
+// The code of docs/embedding.md.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "steelyard/steelyard.hpp"
+
+namespace {
+
+using namespace steelyard;
+
+using Layer = MoE<float, TopK, SwiGlu, SynchronizedLoss, ThreadComm>;
+
+/// One layer of a model, on memory that the framework hands out.
+struct Block {
+    Layer layer;
+    Layer::Params params, grads;  // views of the framework's tensors
+    std::span<std::byte> state, context;
+
+    Status forward(const ThreadComm& comm, view<const float, 2> x, view<float, 2> y,
+                   std::span<std::byte> workspace, const TokenInfo<>& tokens, Stack* stack, index_t row) const {
+        return layer.forward(comm, {.x = x,
+                                    .params = layer.read_only_params(params),
+                                    .y = y,
+                                    .context = context,
+                                    .workspace = workspace,
+                                    .state = state,
+                                    .tokens = tokens,
+                                    .stack = stack,
+                                    .row = row});
+    }
+
+    Status backward(view<const float, 2> x, view<const float, 2> dy, view<float, 2> dx,
+                    std::span<std::byte> workspace) const {
+        return layer.backward({.x = x,
+                               .params = layer.read_only_params(params),
+                               .dy = dy,
+                               .dx = dx,
+                               .grads = grads,
+                               .context = context,
+                               .workspace = workspace});
+    }
+};
+
+/// Parameters in tensors that exist already: each view is set by hand. Rows may be padded.
+Layer::Params own_tensors(const LayerShape& shape, index_t hidden, float* router, index_t router_stride, float* gate,
+                          float* up, float* down) {
+    Layer::Params params;
+    params.router.weight = {router, shape.experts, shape.width};
+    params.router.weight.strides[0] = router_stride;
+    params.experts.gate = {gate, shape.experts, hidden, shape.width};
+    params.experts.up = {up, shape.experts, hidden, shape.width};
+    params.experts.down = {down, shape.experts, shape.width, hidden};
+    return params;
+}
+
+/// A micro-step of all layers with one reduction. activation[l] is the input of layer l, gradient[l] that of it.
+Status micro_step(std::span<const Block> model, const ThreadComm& comm, Stack& stack, const TokenInfo<>& tokens,
+                  std::span<const view<float, 2>> activation, std::span<const view<float, 2>> gradient,
+                  std::span<std::byte> workspace) {
+    stack.clear();
+    for (std::size_t l = 0; l < model.size(); ++l)
+        if (Status s = model[l].forward(comm, activation[l], activation[l + 1], workspace, tokens, &stack,
+                                        static_cast<index_t>(l));
+            !s)
+            return s;
+
+    if (Status s = stack.begin(comm); !s) return s;
+    // Here the loss of the model and its gradient are computed, while the counts travel.
+    if (Status s = stack.end(comm); !s) return s;
+
+    for (std::size_t l = model.size(); l-- > 0;) {
+        const Block& block = model[l];
+        if (Status s = block.layer.conclude(stack, static_cast<index_t>(l), block.context, workspace, block.state); !s)
+            return s;
+        if (Status s = block.backward(activation[l], gradient[l + 1], gradient[l], workspace); !s) return s;
+    }
+    return {};
+}
+
+Layer::Config config(index_t hidden, std::uint32_t index) {
+    return {.shape = {.tokens = 6, .width = 4, .experts = 3}, .expert = {.hidden = hidden}, .layer = index};
+}
+
+}  // namespace
+
+TEST_CASE("two layers on a framework's memory share one reduction, and their state goes through a checkpoint") {
+    constexpr index_t layers = 2, hidden = 5;
+    ThreadGroup group(2);
+    run_ranks(group, [&](ThreadComm comm) {
+        std::vector<Bytes> memory;
+        const auto take = [&](index_t bytes) { return memory.emplace_back(bytes).span(); };
+        std::vector<Block> model;
+        index_t workspace_bytes = 0;
+        for (index_t l = 0; l < layers; ++l) {
+            const Layer layer(config(hidden, static_cast<std::uint32_t>(l)));
+            throw_if_refused(layer.check());
+            Block block{layer, layer.place_params(take(layer.param_bytes()).data()),
+                        layer.place_params(take(layer.param_bytes()).data()), take(layer.state_bytes()),
+                        take(layer.context_bytes())};
+            throw_if_refused(layer.init_state(block.state));
+            layer.each_param(block.params, [&](const auto&, auto weights) {
+                const Philox random(1, Stream::init, 0, static_cast<std::uint32_t>(l));
+                for (index_t i = 0; i < weights.size(); ++i)
+                    weights.data[i] = static_cast<float>(random.normal(static_cast<std::uint64_t>(i)));
+            });
+            workspace_bytes = std::max(workspace_bytes, layer.workspace_bytes());
+            model.push_back(block);
+        }
+        const std::span<std::byte> workspace = take(workspace_bytes);  // one for all layers: dead between calls
+        std::vector<std::int64_t> words(static_cast<std::size_t>(layers * model[0].layer.wire_words()));
+        Stack stack(words, layers, model[0].layer.wire_words());
+
+        std::vector<float> numbers(2 * (layers + 1) * 6 * 4, 0.25f);
+        std::vector<view<float, 2>> activation, gradient;
+        for (index_t l = 0; l <= layers; ++l) {
+            activation.emplace_back(&numbers[static_cast<std::size_t>(l * 24)], 6, 4);
+            gradient.emplace_back(&numbers[static_cast<std::size_t>((layers + 1 + l) * 24)], 6, 4);
+        }
+        TokenInfo<> tokens;
+        tokens.step.total_tokens = 12;  // 6 on each of 2 ranks
+        throw_if_refused(micro_step(model, comm, stack, tokens, activation, gradient, workspace));
+        CHECK(model[1].layer.balance_loss(model[1].context) > 0.0);
+        CHECK(model[0].layer.balance_record(model[0].context).load(0, 3) == 12);  // tokens of both ranks
+
+        // A checkpoint is a copy of bytes; bytes of another layer are refused.
+        std::vector<std::byte> saved(model[0].state.begin(), model[0].state.end());
+        throw_if_refused(model[0].layer.init_state(model[0].state));
+        std::copy(saved.begin(), saved.end(), model[0].state.begin());
+        CHECK(model[0].layer.check_state("resume", model[0].state).ok());
+        model[0].state[0] = std::byte{0};
+        const Status refused = model[0].layer.check_state("resume", model[0].state);
+        CHECK(refused.code() == Code::bad_state);
+    });
+}
+
+TEST_CASE("parameters may lie in tensors of the caller's, with padded rows") {
+    const LayerShape shape{.tokens = 6, .width = 4, .experts = 3};
+    const Layer layer(config(5, 0));
+    std::vector<float> router(3 * 7, 0.1f), gate(60, 0.1f), up(60, 0.1f), down(60, 0.1f), x(24, 1.0f), y(24);
+    const Layer::Params params = own_tensors(shape, 5, router.data(), 7, gate.data(), up.data(), down.data());
+    Bytes state(layer.state_bytes()), context(layer.context_bytes()), workspace(layer.workspace_bytes());
+    throw_if_refused(layer.init_state(state));
+    ThreadGroup group(1);
+    const Block block{layer, params, {}, state, context};
+    throw_if_refused(block.forward(group.comm(0), {x.data(), 6, 4}, {y.data(), 6, 4}, workspace, {}, nullptr, 0));
+    CHECK(y[0] != 0.0f);
+}
