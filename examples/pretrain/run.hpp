@@ -216,7 +216,7 @@ private:
             const auto state = replica_.model().block(l).state();
             const std::size_t at = mine.size();
             mine.resize(at + (state.size() + 7) / 8);
-            std::memcpy(mine.data() + at, state.data(), state.size());
+            if (!state.empty()) std::memcpy(mine.data() + at, state.data(), state.size());
         }
         std::vector<std::int64_t> all(mine.size() * static_cast<std::size_t>(comm_.size()));  // [R, words]
         check(comm_.all_gather(std::span<const std::int64_t>(mine), std::span(all)));
@@ -236,7 +236,7 @@ private:
         const std::byte* at = saved.data() + words * 8 * static_cast<std::size_t>(comm_.rank());
         for (index_t l = 0; l < settings_.layers; ++l) {
             const auto state = replica_.model().block(l).state();
-            std::memcpy(state.data(), at, state.size());
+            if (!state.empty()) std::memcpy(state.data(), at, state.size());
             at += (state.size() + 7) / 8 * 8;
         }
     }

@@ -8,14 +8,12 @@
 #include "pretrain/initial.hpp"
 #include "pretrain/replica.hpp"
 #include "pretrain/strategies_table.hpp"
-#include "steelyard/comm/self.hpp"
 #include "steelyard/comm/threads.hpp"
 
 namespace {
 
 using namespace pretrain;
 using steelyard::Mode;
-using steelyard::SelfComm;
 using steelyard::StepInfo;
 using steelyard::ThreadComm;
 
@@ -35,8 +33,7 @@ Settings tiny() {
     return s;
 }
 
-template <class Comm>
-Transformer<double>::Blocks blocks_of(const Settings& s, Strategy strategy, const Comm& comm) {
+Transformer<double>::Blocks blocks_of(const Settings& s, Strategy strategy, const ThreadComm& comm) {
     Transformer<double>::Blocks blocks;
     for (int l = 0; l < s.layers; ++l) blocks.push_back(make_moe_block<double>(s, strategy, l, comm));
     return blocks;
@@ -45,7 +42,7 @@ Transformer<double>::Blocks blocks_of(const Settings& s, Strategy strategy, cons
 /// A model with weights, on one batch of random bytes below 16.
 struct Model {
     explicit Model(const Settings& s, Strategy strategy)
-        : model(model_shape(s), blocks_of(s, strategy, SelfComm{}), 1), weights(model.param_bytes()),
+        : model(model_shape(s), blocks_of(s, strategy, alone.comm(0)), 1), weights(model.param_bytes()),
           gradient(model.param_bytes()), params(model.place_params(weights.data())),
           grads(model.place_params(gradient.data())) {
         initialise(model.tensors(weights.data()), s.layers, 3);
@@ -65,6 +62,7 @@ struct Model {
         return sum;
     }
 
+    steelyard::ThreadGroup alone{1};
     Transformer<double> model;
     Bytes weights, gradient;
     ModelParams<double> params, grads;
