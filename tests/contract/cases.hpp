@@ -239,4 +239,24 @@ void noise_is_free_of_everything(Team& team) {
     CHECK(relative_difference(noisy.grads(), plain.grads()) > 1e-3);
 }
 
+/// `Synchronized` on R ranks is `MicroBatch` on the concatenation; a buffer of one micro-step is its inner scope.
+template <class Team>
+void scopes_agree_where_they_must(Team& team) {
+    const auto same_sums = [](const SplitResult& a, const SplitResult& b) { return same_bits(a.sums, b.sums); };
+    const SplitResult concatenated = run(team, MicroBatchLoss{{}, strong}, whole());
+    using WholeLoss = Balance<Buffered<Synchronized, Extent::whole>, LoadBalancingLoss>;
+    for (const Split& split : rank_splits()) {
+        CAPTURE(split.name);
+        const SplitResult synchronized = run(team, SynchronizedLoss{{}, strong}, split);
+        const SplitResult micro = run(team, MicroBatchLoss{{}, strong}, split);
+        const SplitResult shuffled = run(team, ShuffledLoss{Shuffled{2}, strong}, split);
+        check_equal(synchronized, concatenated);
+        CHECK(same_sums(run(team, BufferedLoss{{}, strong}, split), synchronized));
+        CHECK(same_sums(run(team, WholeLoss{{}, strong}, split), synchronized));
+        CHECK(same_sums(run(team, Balance<Buffered<MicroBatch>, LoadBalancingLoss>{{}, strong}, split), micro));
+        CHECK(same_sums(run(team, Balance<Buffered<Shuffled>, LoadBalancingLoss>{{Shuffled{2}}, strong}, split),
+                        shuffled));
+    }
+}
+
 }  // namespace steelyard::testing::contract

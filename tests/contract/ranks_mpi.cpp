@@ -57,6 +57,7 @@ TEST_CASE("over MPI, micro-batch and prefix buffer depend on the split as docume
 }
 TEST_CASE("over MPI, the hybrid loss is the sum of its parts on every split") { hybrid_is_the_sum_of_its_parts(team); }
 TEST_CASE("over MPI, jitter and noise are the same for every split") { noise_is_free_of_everything(team); }
+TEST_CASE("over MPI, scopes agree where their definitions do") { scopes_agree_where_they_must(team); }
 
 TEST_CASE("over MPI, a stacked reduction gives the bits of one for each layer, in one sum") {
     const MpiComm comm(MPI_COMM_WORLD);

@@ -43,6 +43,7 @@ TEST_CASE("micro-batch and prefix buffer depend on the split as documented") {
 }
 TEST_CASE("the hybrid loss is the sum of its parts on every split") { hybrid_is_the_sum_of_its_parts(team); }
 TEST_CASE("jitter and noise are the same for every split") { noise_is_free_of_everything(team); }
+TEST_CASE("scopes agree where their definitions do") { scopes_agree_where_they_must(team); }
 
 TEST_CASE("a stacked reduction gives the bits of one for each layer, in one sum") {
     ThreadGroup group(4);
