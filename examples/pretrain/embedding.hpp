@@ -9,11 +9,11 @@ namespace pretrain {
 
 /// y[t] = table[token[t]]. Writes y (=).
 template <class T>
-void embedding_forward(int threads, view<const std::uint8_t, 1> tokens,  // [T]
-                       view<const T, 2> table,                           // [V, d]
-                       view<T, 2> y) {                                   // [T, d]
+void embedding_forward(const Threads& threads, view<const std::uint8_t, 1> tokens,  // [T]
+                       view<const T, 2> table,                                      // [V, d]
+                       view<T, 2> y) {                                              // [T, d]
     const index_t width = table.extents[1];
-    parallel_tiles(threads, tokens.extents[0], tile_rows, [&](index_t begin, index_t end) {
+    threads.tiles(tokens.extents[0], tile_rows, [&](index_t begin, index_t end, std::byte*) {
         for (index_t t = begin; t < end; ++t) row(&y(t, 0), width) = row(&table(tokens(t), 0), width);
     });
 }

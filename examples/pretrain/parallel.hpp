@@ -1,6 +1,10 @@
 // Threads: equal pieces of work whose borders don't depend on the number of threads.
 #pragma once
 
+#include <algorithm>
+
+#include "memory.hpp"
+#include "steelyard/cpu/gemm.hpp"
 #include "steelyard/cpu/parallel.hpp"
 
 namespace pretrain {
@@ -14,19 +18,32 @@ inline constexpr index_t tile_rows = 128;
 
 constexpr index_t tiles_of(index_t count, index_t tile) { return (count + tile - 1) / tile; }
 
-/// Calls `work(i)` for each i in [0, count).
-template <class Work>
-void parallel_for(int threads, index_t count, const Work& work) {
-    steelyard::cpu::parallel_for(steelyard::Cpu{threads}, count, [&](index_t i, int) { work(i); });
-}
+/// The threads of one rank, with the scratch memory that matrix products need on each.
+class Threads {
+public:
+    explicit Threads(int count) : device_{count}, scratch_(count * bytes_each) {}
 
-/// Calls `work(begin, end)` for each tile of [0, count).
-template <class Work>
-void parallel_tiles(int threads, index_t count, index_t tile, const Work& work) {
-    parallel_for(threads, tiles_of(count, tile), [&](index_t i) {
-        const index_t begin = i * tile;
-        work(begin, begin + tile < count ? begin + tile : count);
-    });
-}
+    /// Calls `work(i, scratch)` for each i in [0, count).
+    template <class Work>
+    void each(index_t count, const Work& work) const {
+        steelyard::cpu::parallel_for(device_, count,
+                                     [&](index_t i, int thread) { work(i, scratch_.data() + thread * bytes_each); });
+    }
+
+    /// Calls `work(begin, end, scratch)` for each tile of [0, count).
+    template <class Work>
+    void tiles(index_t count, index_t tile, const Work& work) const {
+        each(tiles_of(count, tile), [&](index_t i, std::byte* scratch) {
+            const index_t begin = i * tile;
+            work(begin, begin + tile < count ? begin + tile : count, scratch);
+        });
+    }
+
+private:
+    static constexpr index_t bytes_each =
+        std::max(steelyard::cpu::gemm_scratch_bytes<float>(), steelyard::cpu::gemm_scratch_bytes<double>());
+    steelyard::Cpu device_;
+    Bytes scratch_;
+};
 
 }  // namespace pretrain

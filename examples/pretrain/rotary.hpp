@@ -36,11 +36,11 @@ void rotate(T* head, view<const T, 3> table, index_t position, T direction) {
 
 /// Turns the queries and keys of whole sequences of length L, in place.
 template <class T>
-void rotary(int threads, view<T, 2> qkv,        // [T, 3d]  queries, keys, values; each of H heads
-            view<const T, 3> table,             // [L, 2, half]
+void rotary(const Threads& threads, view<T, 2> qkv,  // [T, 3d]  queries, keys, values; each of H heads
+            view<const T, 3> table,                  // [L, 2, half]
             T direction) {
     const index_t length = table.extents[0], head = 2 * table.extents[2], width = qkv.extents[1] / 3;
-    parallel_tiles(threads, qkv.extents[0], tile_rows, [&](index_t begin, index_t end) {
+    threads.tiles(qkv.extents[0], tile_rows, [&](index_t begin, index_t end, std::byte*) {
         for (index_t t = begin; t < end; ++t)
             for (index_t c = 0; c < 2 * width; c += head) rotate(&qkv(t, c), table, t % length, direction);
     });

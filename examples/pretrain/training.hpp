@@ -26,7 +26,8 @@ public:
     void give_up(int exit_code);
 
 private:
-    bool mpi_ = false, first_ = true;
+    [[maybe_unused]] bool mpi_ = false;
+    bool first_ = true;
 };
 
 /// Asks every run to finish its step, save and return. May be called from a signal handler.

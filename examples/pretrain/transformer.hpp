@@ -154,14 +154,14 @@ private:
         return l + 1 < shape_.layers ? layer(l + 1, count).x : act_.x.slice(0, count);
     }
     template <class U>
-    static void add(int threads, view<const U, 2> a, view<const U, 2> b, view<U, 2> sum) {
-        parallel_tiles(threads, a.extents[0], tile_rows, [&](index_t begin, index_t end) {
+    static void add(const Threads& threads, view<const U, 2> a, view<const U, 2> b, view<U, 2> sum) {
+        threads.tiles(a.extents[0], tile_rows, [&](index_t begin, index_t end, std::byte*) {
             matrix(sum.slice(begin, end)) = matrix(a.slice(begin, end)) + matrix(b.slice(begin, end));
         });
     }
 
     ModelShape shape_;
-    int threads_;
+    Threads threads_;
     Blocks blocks_;
     Bytes memory_, moe_workspace_;
     Activations<T> act_;

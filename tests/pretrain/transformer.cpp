@@ -80,8 +80,9 @@ TEST_CASE("pretrain transformer: every parameter's gradient matches finite diffe
         CHECK(tensors.size() == 3 + 2 * (4 + 4));
         for (std::size_t i = 0; i < tensors.size(); ++i) {
             CAPTURE(tensors[i].name);
-            const double error = test::gradient_error(tensors[i].data, grads[i].data,
-                                                      static_cast<std::size_t>(tensors[i].size()), [&] { return m.loss(); });
+            const auto size = static_cast<std::size_t>(tensors[i].size());
+            const double error =
+                test::gradient_error(tensors[i].data, grads[i].data, size, [&] { return m.loss(); });
             CHECK(error <= 1e-6);
         }
     }
