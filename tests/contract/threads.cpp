@@ -1,29 +1,12 @@
 // The gradient contract on ranks that are threads.
 #include "contract/cases.hpp"
 #include "contract/stacked.hpp"
+#include "contract/thread_team.hpp"
 
 namespace {
 
 using namespace steelyard;
 using namespace steelyard::testing::contract;
-
-struct ThreadTeam {
-    using Comm = ThreadComm;
-
-    template <class Body>
-    SplitResult run(int ranks, Body body) {
-        ThreadGroup group(ranks);
-        std::vector<SplitResult> results(static_cast<std::size_t>(ranks));
-        run_ranks(group, [&](const ThreadComm& comm) { results[static_cast<std::size_t>(comm.rank())] = body(comm); });
-        SplitResult sum = results.front();
-        for (std::size_t r = 1; r < results.size(); ++r) {
-            for (std::size_t i = 0; i < sum.sums.size(); ++i) sum.sums[i] += results[r].sums[i];
-            for (std::size_t i = 0; i < sum.choices.size(); ++i) sum.choices[i] += results[r].choices[i];
-            sum.ranks.push_back(results[r].ranks.front());
-        }
-        return sum;
-    }
-};
 
 ThreadTeam team;
 

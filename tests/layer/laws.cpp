@@ -37,7 +37,10 @@ struct Balanced {
     Batch<double> batch{8, 4, 1};
 
     explicit Balanced(const BalanceT& balance)
-        : rig({.shape = {.tokens = 8, .width = 4, .experts = 4}, .router = {.k = 2}, .expert = {3}, .balance = balance}) {
+        : rig({.shape = {.tokens = 8, .width = 4, .experts = 4},
+               .router = {.k = 2},
+               .expert = {3},
+               .balance = balance}) {
         const double ring[] = {1.0, 0.5, -0.3, -1.0};
         for (index_t e = 0; e < 4; ++e)
             for (index_t j = 0; j < 4; ++j) rig.params.router.weight(e, j) = ring[(e - j + 4) % 4];
