@@ -32,7 +32,8 @@ std::unique_ptr<MoeBlock<T>> make_moe_block(const Settings& s, Strategy strategy
                 case 4: return block(WindowedLoss<4>{{}, loss});
                 case 16: return block(WindowedLoss<16>{{}, loss});
                 default:
-                    throw UserError("--windows is compiled for 1, 4 and 16, but " + std::to_string(s.windows) + " came");
+                    throw UserError("--windows is compiled for 1, 4 and 16, but " + std::to_string(s.windows) +
+                                    " came");
             }
         case Strategy::schedule:
             if (s.switch_to == Strategy::sync)

@@ -32,7 +32,8 @@ fs::path written(const Folder& folder) {
     record.strategy = Strategy::hybrid;
     record.settings.dim = 8;
     record.wall_seconds = 1.5;
-    const auto params = some_bytes(1000, 1), m = some_bytes(1000, 2), v = some_bytes(1000, 3), state = some_bytes(77, 4);
+    const auto params = some_bytes(1000, 1), m = some_bytes(1000, 2), v = some_bytes(1000, 3);
+    const auto state = some_bytes(77, 4);
     const auto path = folder.path / "hybrid.checkpoint";
     write_checkpoint(path, {.step = 42, .text = 7, .record = record, .params = params, .first_moment = m,
                             .second_moment = v, .state = state});
