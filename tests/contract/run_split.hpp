@@ -53,7 +53,8 @@ template <class BalanceT, class CommT>
 SplitResult run_rank(const CommT& comm, const BalanceT& balance, const Split& split, const Options& options) {
     auto rig = make_rig<BalanceT, CommT>(balance, options);
     SplitResult result;
-    RankResult own{.rank = comm.rank()};
+    RankResult own;
+    own.rank = comm.rank();
     const auto keep = [&](Status status) {
         if (!status && own.message == "ok") own.message = status.message();
         return status.ok();
