@@ -6,7 +6,7 @@
 #include "steelyard/balance/laws.hpp"
 #include "steelyard/steelyard.hpp"
 
-namespace {
+namespace docs_balance {
 
 using namespace steelyard;
 
@@ -24,7 +24,9 @@ using WindowAndNowLoss = Balance<WindowAndNow, LoadBalancingLoss>;
 
 const LayerShape small{.tokens = 12, .width = 4, .experts = 5, .sequences = 2, .micro_steps = 2};
 
-}  // namespace
+}  // namespace docs_balance
+
+using namespace docs_balance;
 
 TEST_CASE("the scope of the documentation obeys the laws of balance") {
     const Status laws = check_balance_laws(Cpu{}, WindowAndNowLoss{}, small, 2);

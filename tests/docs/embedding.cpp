@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "steelyard/steelyard.hpp"
@@ -149,4 +150,23 @@ TEST_CASE("parameters may lie in tensors of the caller's, with padded rows") {
     const Block block{layer, params, {}, state, context};
     throw_if_refused(block.forward(group.comm(0), {x.data(), 6, 4}, {y.data(), 6, 4}, workspace, {}, nullptr, 0));
     CHECK(y[0] != 0.0f);
+}
+
+TEST_CASE("Module visits each weight together with its own gradient") {
+    Module moe(MoE<float, TopK, WithShared<SwiGlu, Mlp>>(
+        {.shape = {.tokens = 6, .width = 4, .experts = 3}, .expert = {.routed = {5}, .shared = {.hidden = 3}}}));
+    std::vector<std::string> names;
+    std::vector<const float*> weights, gradients;
+    moe.each_param([&](const std::string& name, auto weight, auto gradient) {
+        names.push_back(name);
+        weights.push_back(weight.data);
+        gradients.push_back(gradient.data);
+        CHECK(weight.size() == gradient.size());
+    });
+    CHECK(names == std::vector<std::string>{"router.weight", "experts.gate", "experts.up", "experts.down", "shared.up",
+                                            "shared.down", "shared.up_bias", "shared.down_bias"});
+    CHECK(weights[3] == moe.params.experts.down.data);
+    CHECK(gradients[0] == moe.grads.router.weight.data);
+    CHECK(gradients[3] == moe.grads.experts.down.data);
+    CHECK(gradients[5] == moe.grads.shared.down.data);
 }

@@ -4,7 +4,7 @@
 #include "steelyard/expert/laws.hpp"
 #include "steelyard/steelyard.hpp"
 
-namespace {
+namespace docs_expert {
 
 using namespace steelyard;
 
@@ -80,7 +80,9 @@ static_assert(Expert<Scale>);
 
 using Layer = MoE<float, TopK, WithShared<Scale, SwiGlu>>;
 
-}  // namespace
+}  // namespace docs_expert
+
+using namespace docs_expert;
 
 TEST_CASE("the expert of the documentation obeys the laws of experts") {
     for (const index_t experts : {1, 4}) {

@@ -6,7 +6,7 @@
 #include "steelyard/plan/laws.hpp"
 #include "steelyard/steelyard.hpp"
 
-namespace {
+namespace docs_overflow {
 
 using namespace steelyard;
 
@@ -45,7 +45,9 @@ static_assert(Overflow<Capacity>);
 
 using Layer = MoE<float, TopK, SwiGlu, MicroBatchLoss, SelfComm, Capacity>;
 
-}  // namespace
+}  // namespace docs_overflow
+
+using namespace docs_overflow;
 
 TEST_CASE("the overflow rule of the documentation obeys the laws of overflow rules") {
     for (const int top_k : {1, 2, 4}) {

@@ -98,9 +98,9 @@ struct LayerDiagnosis {
     static constexpr bool comm = CommBackend<CommT>;
     static constexpr bool overflow = Overflow<OverflowT>;
     static constexpr bool retention = Retention<RetentionT>;
-    static constexpr bool device = requires(const DeviceT& device) {
+    static constexpr bool device = requires(const DeviceT& value) {
         typename DeviceT::space;
-        { device.check() } -> std::same_as<Status>;
+        { value.check() } -> std::same_as<Status>;
     };
 
     static constexpr bool diagnose() {
