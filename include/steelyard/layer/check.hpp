@@ -89,13 +89,16 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
                                          offsets.extents[0]);
         if (!offsets.contiguous_rows())
             return Status::refuse(Code::invalid_argument, stage, "sequences", "contiguous offsets", "a stride");
-        bool ascending = offsets[0] == 0 && offsets[sequences] == count;
-        for (index_t s = 0; s < sequences; ++s) ascending = ascending && offsets[s] <= offsets[s + 1];
-        if (!ascending)
+        const auto refuse_offsets = [&](std::string came) {
             return Status::refuse(Code::invalid_argument, stage, "sequences",
-                                  "ascending offsets from 0 to " + std::to_string(count),
-                                  "offsets from " + std::to_string(offsets[0]) + " to " +
-                                      std::to_string(offsets[sequences]));
+                                  "ascending offsets from 0 to " + std::to_string(count), std::move(came));
+        };
+        if (offsets[0] != 0 || offsets[sequences] != count)
+            return refuse_offsets("offsets from " + std::to_string(offsets[0]) + " to " +
+                                  std::to_string(offsets[sequences]));
+        for (index_t s = 0; s < sequences; ++s)
+            if (offsets[s] > offsets[s + 1])
+                return refuse_offsets(std::to_string(offsets[s]) + " before " + std::to_string(offsets[s + 1]));
     }
     const StepInfo& at = tokens.step;
     if (at.step < 0) return detail::refuse_number(stage, "step.step", "at least 0", at.step);
@@ -144,12 +147,19 @@ inline Status check_stack(std::string_view stage, const Stack& stack, index_t ro
 }
 
 /// For scopes that draw over ranks.
-inline Status check_ranks(std::string_view stage, const LayerShape& shape, index_t ranks,
-                          const view<const std::int64_t, 1>& tokens_of_rank) {
+inline Status check_ranks(std::string_view stage, const LayerShape& shape, index_t ranks, int rank,
+                          std::int64_t valid_tokens, const view<const std::int64_t, 1>& tokens_of_rank) {
     if (ranks > shape.ranks)
         return detail::refuse_number(stage, "comm", "at most shape.ranks = " + std::to_string(shape.ranks) + " ranks",
                                      ranks);
-    if (tokens_of_rank.present()) return check_view(stage, "tokens_of_rank", tokens_of_rank, ranks);
+    if (!tokens_of_rank.present()) return {};
+    if (Status s = check_view(stage, "tokens_of_rank", tokens_of_rank, ranks); !s) return s;
+    for (index_t r = 0; r < ranks; ++r)
+        if (tokens_of_rank[r] < 0 || (r == rank && tokens_of_rank[r] != valid_tokens))
+            return detail::refuse_number(stage, "tokens_of_rank[" + std::to_string(r) + "]",
+                                         r == rank ? "this call's " + std::to_string(valid_tokens) + " valid tokens"
+                                                   : "at least 0",
+                                         tokens_of_rank[r]);
     return {};
 }
 

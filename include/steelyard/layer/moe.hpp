@@ -143,7 +143,8 @@ public:
             return s;
         if (Status s = this->check_state("layer.conclude", state_bytes); !s) return s;
         const auto context = place<Context>(context_bytes.data(), dims_);
-        if (context.call[0].phase == CallInfo::Phase::ready) return {};
+        const bool written = context.call[0].magic == CallInfo::expected_magic;
+        if (written && context.call[0].phase == CallInfo::Phase::ready) return {};
         if (Status s = check_call("layer.conclude", context.call[0], CallInfo::Phase::counted); !s) return s;
         if (Status s = check_stack("layer.conclude", stack, row, wire_words()); !s) return s;
         const auto workspace = place<Workspace>(workspace_bytes.data(), dims_);

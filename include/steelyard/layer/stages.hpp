@@ -175,7 +175,10 @@ protected:
         const index_t ranks = comm.size();
         seen.rank = comm.rank();
         seen.tokens_of_rank = args.tokens_of_rank;
-        if (Status s = check_ranks("layer.forward", config_.shape, ranks, args.tokens_of_rank); !s) return s;
+        if (Status s = check_ranks("layer.forward", config_.shape, ranks, seen.rank, seen.valid_tokens,
+                                   args.tokens_of_rank);
+            !s)
+            return s;
         if (args.tokens_of_rank.present()) return {};
         const auto counts = workspace.tokens_of_rank.slice(0, ranks);
         clear(counts);
