@@ -108,7 +108,7 @@ public:
     [[nodiscard]] std::span<std::byte> state() const { return state_; }
     /// Goes on from a checkpoint whose state has been copied into `state()`.
     void resume(std::int64_t step) {
-        throw_if_refused(layer_.check_state("module.resume", state_));
+        throw_if_refused(layer_.check_state("module.resume", state_.span()));
         step_ = step;
         micro_step_ = 0;
     }
