@@ -44,7 +44,9 @@ struct Boundary {
     /// All that belongs to the caller but context and workspace.
     std::vector<std::byte> callers() {
         std::vector<std::byte> all = bytes_of_vector(rig.y);
-        const auto append = [&](const std::vector<std::byte>& more) { all.insert(all.end(), more.begin(), more.end()); };
+        const auto append = [&](const std::vector<std::byte>& more) {
+            all.insert(all.end(), more.begin(), more.end());
+        };
         append(bytes_of_vector(rig.dx));
         append(bytes_of_vector(batch.x));
         append(bytes_of_vector(batch.dy));
