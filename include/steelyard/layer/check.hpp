@@ -146,6 +146,14 @@ inline Status check_stack(std::string_view stage, const Stack& stack, index_t ro
     return {};
 }
 
+/// A stack whose rows are read: one that was posted to must have been summed.
+inline Status check_summed(std::string_view stage, const Stack& stack, index_t row, index_t words) {
+    if (!stack.complete())
+        return Status::refuse(Code::invalid_argument, stage, "stack", "the sum of what was posted: begin, then end",
+                              "a stack that was not summed");
+    return check_stack(stage, stack, row, words);
+}
+
 /// For scopes that draw over ranks.
 inline Status check_ranks(std::string_view stage, const LayerShape& shape, index_t ranks, int rank,
                           std::int64_t valid_tokens, const view<const std::int64_t, 1>& tokens_of_rank) {

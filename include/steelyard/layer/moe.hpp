@@ -146,7 +146,7 @@ public:
         const bool written = context.call[0].magic == CallInfo::expected_magic;
         if (written && context.call[0].phase == CallInfo::Phase::ready) return {};
         if (Status s = check_call("layer.conclude", context.call[0], CallInfo::Phase::counted); !s) return s;
-        if (Status s = check_stack("layer.conclude", stack, row, wire_words()); !s) return s;
+        if (Status s = check_summed("layer.conclude", stack, row, wire_words()); !s) return s;
         const auto workspace = place<Workspace>(workspace_bytes.data(), dims_);
         const auto state = this->place_state(state_bytes);
         Wire<Space> wire(stack.row(row));
@@ -209,7 +209,7 @@ public:
     Status end_step(const Stack& stack, index_t row, std::int64_t step, std::span<std::byte> state) const {
         if constexpr (BalanceT::remembers) {
             if (Status s = this->check_state("layer.end_step", state); !s) return s;
-            if (Status s = check_stack("layer.end_step", stack, row, step_words()); !s) return s;
+            if (Status s = check_summed("layer.end_step", stack, row, step_words()); !s) return s;
             Wire<Space> wire(stack.row(row));
             config_.balance.end_step(this->place_state(state).balance, step, wire);
         }

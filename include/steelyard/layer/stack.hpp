@@ -27,7 +27,13 @@ public:
     [[nodiscard]] view<std::int64_t, 1> row(index_t layer) const { return rows_[layer]; }
 
     /// A layer has put counts into its row.
-    void post() { ++posted_; }
+    void post() {
+        ++posted_;
+        summed_ = false;
+    }
+
+    /// Whether the rows hold sums: those of a stack that was posted to do so only after `end`.
+    [[nodiscard]] bool complete() const { return posted_ == 0 || summed_; }
 
     /// Starts the sum, if any layer posted: replays and rank-local policies have nothing to sum.
     template <CommBackend Comm>
@@ -38,12 +44,16 @@ public:
     /// Waits for the sum. The rows then hold it until `clear`.
     template <CommBackend Comm>
     Status end(const Comm& comm) {
-        return posted_ == 0 ? Status{} : comm.end_sum(memory_);
+        if (posted_ == 0) return {};
+        Status status = comm.end_sum(memory_);
+        summed_ = status.ok();
+        return status;
     }
 
     /// Zeroes all rows for the next round.
     void clear() {
         posted_ = 0;
+        summed_ = false;
         for (auto& word : memory_) word = 0;
     }
 
@@ -51,6 +61,7 @@ private:
     view<std::int64_t, 2> rows_;  // [layers, words]
     std::span<std::int64_t> memory_;
     int posted_ = 0;
+    bool summed_ = false;
 };
 
 }  // namespace steelyard
