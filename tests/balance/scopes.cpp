@@ -203,7 +203,7 @@ TEST_CASE("a composition adds losses and gradients of its parts") {
     Trial both{AllOf{MicroBatchLoss{{}, {1.0}}, RouterZLoss{{}, {0.5}}}};
     Trial balance{MicroBatchLoss{{}, {1.0}}};
     Trial z{RouterZLoss{{}, {0.5}}};
-    CHECK(both.observe() == balance.observe() + z.observe());
+    CHECK(both.observe() == doctest::Approx(balance.observe() + z.observe()).epsilon(1e-14));
     both.differentiate(), balance.differentiate(), z.differentiate();
     for (index_t i = 0; i < both.grad.probs.size(); ++i) {
         CHECK(both.grad.probs.data[i] == balance.grad.probs.data[i]);
@@ -218,6 +218,6 @@ TEST_CASE("a schedule is its first policy before the step and its second from it
     Trial plain{weak};
     for (const std::int64_t step : {0, 1, 2, 3}) {
         scheduled.seen.tokens.step.step = plain.seen.tokens.step.step = step;
-        CHECK(scheduled.observe() == (step < 2 ? 1.0 : 4.0) * plain.observe());
+        CHECK(scheduled.observe() == doctest::Approx((step < 2 ? 1.0 : 4.0) * plain.observe()).epsilon(1e-14));
     }
 }
