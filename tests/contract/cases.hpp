@@ -242,7 +242,7 @@ void noise_is_free_of_everything(Team& team) {
 /// `Synchronized` on R ranks is `MicroBatch` on the concatenation; a buffer of one micro-step is its inner scope.
 template <class Team>
 void scopes_agree_where_they_must(Team& team) {
-    // Gradients bit by bit. The reported loss is a sum of products, which each compiled policy may round in its own way.
+    // Gradients bit by bit. The reported loss is a sum of products, which each compiled policy may round its own way.
     const auto same_sums = [](const SplitResult& a, const SplitResult& b) {
         return same_bits(a.grads(), b.grads()) && same_bits(a.dx(), b.dx()) &&
                std::abs(a.loss() - b.loss()) <= 1e-14 * std::abs(b.loss());
