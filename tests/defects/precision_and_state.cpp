@@ -60,8 +60,8 @@ TEST_CASE("defect 18: counts are exact integers beyond 2^24 and 2^31, and so are
     auto bias = make(LossFree{{}, {.rate = 0.5}});
     const std::int64_t many = std::int64_t{1} << 40;
     // bf16, float and 32 bits would all call these equal.
-    enter(bias.balance_state(), 0, 0, {many, many, many - 1, many});
-    enter(bias.balance_state(), 0, 1, {0, 1, 0, 0});
+    enter(bias.balance_state(), 0, 0, {many, many, many - 1, many, 2 * many});
+    enter(bias.balance_state(), 0, 1, {0, 1, 0, 0, 1});
     REQUIRE(bias.end_step(0).ok());
     const auto state = bias.balance_state();
     CHECK(state.step_load[1] == many + 1);
