@@ -50,22 +50,32 @@ void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
 }
 }
 #else
-// A sanitizer owns malloc: operator new alone is counted.
+// A sanitizer owns malloc: operator new alone is counted, in all its forms, so that none of the sanitizer's is mixed in.
 namespace steelyard::testing {
-inline void* counted(std::size_t bytes, std::size_t alignment) {
+inline void* counted(std::size_t bytes, std::size_t alignment) noexcept {
     allocation_count.fetch_add(1, std::memory_order_relaxed);
     const std::size_t whole = (bytes + alignment - 1) / alignment * alignment;
-    if (void* memory = std::aligned_alloc(alignment, whole == 0 ? alignment : whole)) return memory;
+    return std::aligned_alloc(alignment, whole == 0 ? alignment : whole);
+}
+inline void* counted_or_throw(std::size_t bytes, std::size_t alignment = alignof(std::max_align_t)) {
+    if (void* memory = counted(bytes, alignment)) return memory;
     throw std::bad_alloc();
 }
 }  // namespace steelyard::testing
 
-void* operator new(std::size_t bytes) { return steelyard::testing::counted(bytes, alignof(std::max_align_t)); }
+void* operator new(std::size_t bytes) { return steelyard::testing::counted_or_throw(bytes); }
+void* operator new[](std::size_t bytes) { return steelyard::testing::counted_or_throw(bytes); }
 void* operator new(std::size_t bytes, std::align_val_t at) {
-    return steelyard::testing::counted(bytes, static_cast<std::size_t>(at));
+    return steelyard::testing::counted_or_throw(bytes, static_cast<std::size_t>(at));
+}
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+    return steelyard::testing::counted(bytes, alignof(std::max_align_t));
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 #endif
