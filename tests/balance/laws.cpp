@@ -28,7 +28,6 @@ std::string first_broken(const B& policy) {
 
 struct DriftingBias {
     void update(view<const std::int64_t, 1>, view<float, 1> bias) const { bias[0] += 0.25f; }
-    friend bool operator==(const DriftingBias&, const DriftingBias&) = default;
 };
 
 struct WrongSlope : LoadBalancingLoss {
@@ -98,7 +97,6 @@ struct InfiniteBias {
         for (index_t i = 0; i < counts.extents[0]; ++i)
             if (counts[i] > 0) bias[i] = std::numeric_limits<float>::infinity();
     }
-    friend bool operator==(const InfiniteBias&, const InfiniteBias&) = default;
 };
 
 }  // namespace

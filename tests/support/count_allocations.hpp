@@ -50,7 +50,7 @@ void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
 }
 }
 #else
-// A sanitizer owns malloc: operator new alone is counted, in all its forms, so that none of the sanitizer's is mixed in.
+// A sanitizer owns malloc: operator new alone is counted, in all its forms, so that no two allocators are mixed.
 namespace steelyard::testing {
 inline void* counted(std::size_t bytes, std::size_t alignment) noexcept {
     allocation_count.fetch_add(1, std::memory_order_relaxed);
