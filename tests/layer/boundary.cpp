@@ -182,8 +182,8 @@ TEST_CASE("forward refuses a row that the stack does not have, or rows that are 
     using Sync = MoE<double, TopK, Mlp, SynchronizedLoss>;
     Rig<Sync> rig({.shape = shape, .router = {.k = 2}, .expert = {.hidden = 3}});
     const Batch<double> batch(9, 5, 1);
-    std::vector<std::int64_t> memory(10);
-    Stack stack(memory, 2, 5), short_rows(memory, 2, 4);
+    std::vector<std::int64_t> memory(18);
+    Stack stack(memory, 2, 9), short_rows(memory, 2, 8);
     auto args = rig.forward_args(batch);
     args.stack = &stack;
     for (const index_t row : {-1, 2}) {
@@ -194,7 +194,7 @@ TEST_CASE("forward refuses a row that the stack does not have, or rows that are 
     args.stack = &short_rows;
     args.row = 0;
     CHECK(rig.layer.forward({}, args).message() ==
-          "steelyard: layer.forward: stack: expected rows of at least 5 words, came 4");
+          "steelyard: layer.forward: stack: expected rows of at least 9 words, came 8");
 }
 
 TEST_CASE("a scope that draws over ranks refuses token numbers that cannot be") {
@@ -219,13 +219,12 @@ TEST_CASE("backward refuses contexts of another phase") {
     CHECK(b.backward([&](Backward& a) { a.context = fresh; }) == start + "a context that no forward has written");
     CHECK(b.backward([&](Backward&) { REQUIRE(b.rig.forward(b.batch, Mode::evaluate).ok()); }) ==
           start + "the context of an evaluation");
-    std::vector<std::int64_t> memory(5);
-    Stack stack(memory, 1, 5);
-    std::vector<std::int64_t> longer(10);
-    Stack enough(longer, 1, 10);
+    std::vector<std::int64_t> memory(20);
+    Stack enough(memory, 1, 20);
     CHECK(b.backward([&](Backward&) {
         auto args = b.rig.forward_args(b.batch);
         args.stack = &enough;
+        args.tokens.step.step = 1;  // not a replay of the first forward
         REQUIRE(b.rig.layer.forward({}, args).ok());
     }) == start + "a deferred forward that was not concluded");
     CHECK(b.backward([&](Backward&) {
@@ -233,6 +232,8 @@ TEST_CASE("backward refuses contexts of another phase") {
         bad.x[0] = std::nan("");
         REQUIRE_FALSE(b.rig.forward(bad).ok());
     }) == start + "the context of a forward that was refused");
+    CHECK(b.backward([&](Backward& a) { REQUIRE(b.rig.layer.backward(a).ok()); }) ==
+          start + "a context that backward has used already");
     CHECK(b.backward([&](Backward& a) { a.context = a.context.first(64); }) ==
           "steelyard: layer.backward: context: expected at least " + number(b.rig.layer.context_bytes()) +
               " bytes, came 64");
@@ -266,6 +267,7 @@ TEST_CASE("absent gradients are frozen, the others stay what they are") {
     const std::vector<double> all(b.rig.grad_values().begin(), b.rig.grad_values().end());
     const std::vector<double> dx = b.rig.dx;
     b.rig.clear_grads();
+    REQUIRE(b.rig.forward(b.batch).ok());  // a replay: backward uses its context up
     auto args = b.rig.backward_args(b.batch);
     const auto frozen = args.grads.experts.up;
     args.grads.experts.up = {};
@@ -279,8 +281,8 @@ TEST_CASE("absent gradients are frozen, the others stay what they are") {
 
 TEST_CASE("conclude refuses contexts and stacks that do not belong to a deferred forward") {
     Boundary b;
-    std::vector<std::int64_t> memory(20);
-    Stack stack(memory, 2, 10);
+    std::vector<std::int64_t> memory(40);
+    Stack stack(memory, 2, 20);
     const auto conclude = [&](std::span<std::byte> context, index_t row = 0) {
         return b.rig.layer.conclude(stack, row, context, b.rig.workspace, b.rig.state).message();
     };
@@ -293,11 +295,14 @@ TEST_CASE("conclude refuses contexts and stacks that do not belong to a deferred
     CHECK(conclude(b.rig.context) == start + "the context of an evaluation");
     auto args = b.rig.forward_args(b.batch);
     args.stack = &stack;
+    args.tokens.step.step = 1;  // not a replay of the first forward
     REQUIRE(b.rig.layer.forward({}, args).ok());
     CHECK(conclude(b.rig.context, 2) == "steelyard: layer.conclude: row: expected a row of the stack's 2, came 2");
     CHECK(conclude(b.rig.context.span().first(10)) ==
           "steelyard: layer.conclude: context: expected at least " + number(b.rig.layer.context_bytes()) +
               " bytes, came 10");
+    REQUIRE(stack.begin(SelfComm{}).ok());
+    REQUIRE(stack.end(SelfComm{}).ok());
     CHECK(conclude(b.rig.context) == "ok");
     CHECK(b.rig.backward(b.batch).message() == "ok");
 }

@@ -48,8 +48,8 @@ TEST_CASE("a module does what its layer does") {
     for (std::int64_t step = 0; step < 2; ++step) {
         rig.clear_grads();
         for (std::int64_t m = 0; m < 2; ++m) {
-            t.batch.step = {.step = step, .micro_step = m};
-            module.forward(t.x(), t.out());
+            t.batch.step = {.step = step, .micro_step = m, .total_tokens = 100};
+            module.forward(t.x(), t.out(), {.step = t.batch.step});
             REQUIRE(rig.forward(t.batch).ok());
             CHECK(same_bits(t.y, rig.y));
             CHECK(module.balance_loss() == rig.balance_loss());

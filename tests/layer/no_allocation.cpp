@@ -34,6 +34,7 @@ void check(int threads) {
     const auto backward = rig.backward_args(batch);
     const auto train = [&](std::int64_t step) {
         forward.tokens.step.step = step;
+        forward.tokens.step.total_tokens = 598;
         forward.tokens.step.micro_step = 0;
         forward.stack = nullptr;
         bool ok = rig.layer.forward({}, forward).ok() && rig.layer.backward(backward).ok();

@@ -46,8 +46,8 @@ TEST_CASE("a stack that nothing was posted to sums nothing: replays cost no comm
     const OneRank comm{&sums};
     Rig<Layer> rig(config);
     const Batch<double> batch(9, 5, 1);
-    std::vector<std::int64_t> memory(5);
-    Stack stack(memory, 1, 5);
+    std::vector<std::int64_t> memory(9);
+    Stack stack(memory, 1, 9);
     auto args = rig.forward_args(batch);
     args.stack = &stack;
     for (const int expected : {1, 1, 1}) {
@@ -64,8 +64,8 @@ TEST_CASE("conclude and end_step refuse a stack that was not summed, or whose su
     int sums = 0;
     Rig<Layer> rig(config);
     const Batch<double> batch(9, 5, 1);
-    std::vector<std::int64_t> memory(5);
-    Stack stack(memory, 1, 5);
+    std::vector<std::int64_t> memory(9);
+    Stack stack(memory, 1, 9);
     auto args = rig.forward_args(batch);
     args.stack = &stack;
     REQUIRE(rig.layer.forward(OneRank{&sums}, args).ok());

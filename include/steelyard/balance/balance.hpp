@@ -1,8 +1,10 @@
 // A balance policy from two halves: a scope (where the load comes from) and an objective (what acts on it).
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "steelyard/balance/objective.hpp"
 #include "steelyard/balance/scope.hpp"
@@ -21,6 +23,13 @@ template <class ScopeT, class ObjectiveT>
 constexpr bool load_of() {
     static_assert(ScopeT::counts || !(LoadObjective<ObjectiveT> || BiasObjective<ObjectiveT>),
                   "steelyard: this objective acts on a load: give it a scope that counts, such as MicroBatch");
+    static_assert(ScopeT::remembers || !(ScopeT::communicates || ScopeT::sums_step || ScopeT::window > 0),
+                  "steelyard: a scope that communicates, sums the step or keeps a window must have remembers = true");
+    static_assert(!ScopeT::per_sequence || !(ScopeT::communicates || ScopeT::needs_rank_tokens || ScopeT::window > 0),
+                  "steelyard: a scope with a load for each sequence is the rank's own: no communicates, needs_rank_tokens "
+                  "or window");
+    static_assert(ScopeT::counts || !ScopeT::remembers,
+                  "steelyard: a scope that does not count has no load to remember");
     return ScopeT::counts;
 }
 
@@ -40,6 +49,7 @@ struct Balance {
 
     static constexpr bool has_load = detail::load_of<ScopeT, ObjectiveT>();
     static constexpr bool has_bias = BiasObjective<ObjectiveT>;
+    static constexpr bool has_loss = LoadObjective<ObjectiveT> || TokenObjective<ObjectiveT>;
     static constexpr bool communicates = ScopeT::communicates;
     static constexpr bool communicates_at_step_end = ScopeT::sums_step;
     static constexpr bool needs_rank_tokens = ScopeT::needs_rank_tokens;
@@ -91,6 +101,17 @@ struct Balance {
             field("loss", loss, index_t{1});
         }
     };
+
+    /// Whether the objective's numbers can be worked with: its own `check()`, where it has one, and its coefficient.
+    [[nodiscard]] Status check(const LayerShape&) const {
+        if constexpr (requires { objective.check(); })
+            if (Status s = objective.check(); !s) return s;
+        if constexpr (requires { objective.coefficient; })
+            if (!std::isfinite(static_cast<double>(objective.coefficient)))
+                return Status::refuse(Code::invalid_argument, "balance", "coefficient", "a finite number",
+                                      std::to_string(static_cast<double>(objective.coefficient)));
+        return {};
+    }
 
     [[nodiscard]] constexpr index_t segments(const LayerShape& shape) const {
         return ScopeT::per_sequence ? shape.sequences : 1;
@@ -214,7 +235,7 @@ struct Balance {
         [[maybe_unused]] view<std::int64_t, 1, Space> summed;
         if constexpr (communicates_at_step_end) summed = wire.take(state.step_load.extents[0]);
         if constexpr (remembers) {
-            if (state.ended[0] == step) return;
+            if (state.ended[0] >= step) return;
             if constexpr (communicates_at_step_end) copy(summed, state.step_load);
             else state.log.sum(step, state.log.step.extents[0], state.step_load);
             if constexpr (ScopeT::window > 0) {

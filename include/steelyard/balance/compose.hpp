@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -29,6 +30,7 @@ template <class... Parts>
 struct AllOf {
     std::tuple<Parts...> parts;
 
+    static constexpr bool has_loss = (Parts::has_loss || ...);
     static constexpr bool has_bias = detail::bias_of<Parts...>();
     static constexpr bool communicates = (Parts::communicates || ...);
     static constexpr bool communicates_at_step_end = (Parts::communicates_at_step_end || ...);
@@ -72,6 +74,14 @@ struct AllOf {
             },
             state.of);
         return bias;
+    }
+
+    [[nodiscard]] Status check(const LayerShape& shape) const {
+        Status status;
+        each([&](const auto& part) {
+            if (status) status = part.check(shape);
+        });
+        return status;
     }
 
     [[nodiscard]] constexpr index_t wire_words(const LayerShape& shape) const {
@@ -157,6 +167,7 @@ struct Scheduled {
     Then then = {};
 
     static constexpr bool has_bias = First::has_bias || Then::has_bias;
+    static constexpr bool has_loss = First::has_loss || Then::has_loss;
     static constexpr bool communicates = First::communicates || Then::communicates;
     static constexpr bool communicates_at_step_end =
         First::communicates_at_step_end || Then::communicates_at_step_end;
@@ -194,6 +205,13 @@ struct Scheduled {
     template <class Space>
     [[nodiscard]] view<const float, 1, Space> selection_bias(const State<Space>& state, const StepInfo& at) const {
         return active(at.step, [&](const auto& part, const auto& own) { return part.selection_bias(own, at); }, state);
+    }
+
+    [[nodiscard]] Status check(const LayerShape& shape) const {
+        if (at_step < 0)
+            return Status::refuse(Code::invalid_argument, "balance", "at_step", "at least 0", std::to_string(at_step));
+        if (Status s = first.check(shape); !s) return s;
+        return then.check(shape);
     }
 
     [[nodiscard]] constexpr index_t wire_words(const LayerShape& shape) const {

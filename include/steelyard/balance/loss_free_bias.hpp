@@ -1,7 +1,11 @@
 // Balancing without a loss: a selection bias that follows the load.
 #pragma once
 
+#include <cmath>
+#include <string>
+
 #include "steelyard/balance/objective.hpp"
+#include "steelyard/core/status.hpp"
 
 namespace steelyard {
 
@@ -13,6 +17,11 @@ namespace steelyard {
 struct LossFreeBias {
     double rate = 1e-3;
     bool centred = false;
+
+    [[nodiscard]] Status check() const {
+        if (std::isfinite(rate)) return {};
+        return Status::refuse(Code::invalid_argument, "balance", "rate", "a finite number", std::to_string(rate));
+    }
 
     constexpr void update(view<const std::int64_t, 1> counts, view<float, 1> bias) const {
         const index_t experts = counts.extents[0];

@@ -27,9 +27,12 @@ template <class B>
 concept BalancePolicy = requires(const B& policy, const LayerShape& shape, const typename B::template State<>& state,
                                  const typename B::template Record<>& record, const StepInfo& at, Wire<>& wire) {
     { B::has_bias } -> std::convertible_to<bool>;
+    { B::has_loss } -> std::convertible_to<bool>;
     { B::communicates } -> std::convertible_to<bool>;
     { B::communicates_at_step_end } -> std::convertible_to<bool>;
     { B::needs_rank_tokens } -> std::convertible_to<bool>;
+    { B::remembers } -> std::convertible_to<bool>;
+    { policy.check(shape) } -> std::same_as<Status>;
     { policy.wire_words(shape) } -> std::same_as<index_t>;
     { policy.step_words(shape) } -> std::same_as<index_t>;
     { policy.exchanges(state, at) } -> std::same_as<bool>;

@@ -18,7 +18,7 @@ class Bytes {
 public:
     Bytes() = default;
     explicit Bytes(index_t size) : size_(static_cast<std::size_t>(size)), data_(allocate(size_)) {
-        std::fill_n(data_.get(), size_, std::byte{0});
+        if (size_ != 0) std::fill_n(data_.get(), size_, std::byte{0});
     }
     Bytes(Bytes&& other) noexcept : size_(std::exchange(other.size_, 0)), data_(std::move(other.data_)) {}
     Bytes& operator=(Bytes&& other) noexcept {
@@ -31,6 +31,7 @@ public:
     [[nodiscard]] index_t size() const { return static_cast<index_t>(size_); }
     [[nodiscard]] std::span<std::byte> span() const { return {data_.get(), size_}; }
     operator std::span<std::byte>() const { return span(); }
+    operator std::span<const std::byte>() const { return span(); }
 
 private:
     static constexpr std::align_val_t alignment{static_cast<std::size_t>(layout_alignment)};

@@ -1,6 +1,7 @@
 // Bundles: structs of views whose size, placement, names and checks come from one description.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -99,7 +100,7 @@ Status check_view(std::string_view stage, std::string_view name, const view<T, R
     for (int r = Rank - 1; r >= 0; --r) {
         same = same && tensor.extents[r] == expected[r];
         overlapping = overlapping || (tensor.extents[r] > 1 && tensor.strides[r] < row);
-        row = tensor.strides[r] * tensor.extents[r];
+        row = std::max(row, tensor.strides[r] * tensor.extents[r]);
     }
     if (!same)
         return Status::refuse(Code::invalid_argument, stage, name, detail::extents_text(expected, Rank),
@@ -145,6 +146,44 @@ struct Check {
 };
 
 }  // namespace detail
+
+namespace detail {
+
+/// FNV-1a over names, element sizes and extents.
+struct Fingerprint {
+    std::uint64_t hash = 0xcbf29ce484222325;
+
+    void add(std::string_view text) {
+        for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+    }
+    void add(std::uint64_t number) {
+        for (int byte = 0; byte < 8; ++byte) hash = (hash ^ ((number >> (8 * byte)) & 0xff)) * 0x100000001b3;
+    }
+
+    template <class T, int Rank, class Space, class... Extents>
+    void operator()(std::string_view name, view<T, Rank, Space>&, Extents... extents) {
+        add(name);
+        add(sizeof(T));
+        (add(static_cast<std::uint64_t>(extents)), ...);
+    }
+
+    template <class Bundle, class... Dims>
+    void group(std::string_view name, Bundle& bundle, const Dims&... dims) {
+        add(name);
+        bundle.fields(*this, dims...);
+    }
+};
+
+}  // namespace detail
+
+/// A number that two bundles share only if they have the same tensors in the same places. Pure.
+template <class Bundle, class... Dims>
+[[nodiscard]] std::int64_t fingerprint_of(const Dims&... dims) {
+    Bundle bundle;
+    detail::Fingerprint fingerprint;
+    bundle.fields(fingerprint, dims...);
+    return static_cast<std::int64_t>(fingerprint.hash);
+}
 
 /// Bytes that `place<Bundle>` needs for these dimensions. Pure.
 template <class Bundle, class... Dims>

@@ -15,6 +15,7 @@ enum class Code {
     bad_state,         ///< bytes that are not the state this layer expects
     comm_mismatch,     ///< ranks disagree on a collective
     comm_timeout,      ///< a rank did not reach a collective in time
+    rank_refused,      ///< another rank refused its call, so this one cannot go on either
     comm_failure,      ///< the communication library reported an error
 };
 

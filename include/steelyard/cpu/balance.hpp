@@ -143,7 +143,8 @@ private:
     template <class T>
     static void add_token(const Observation<T>& seen, index_t t, view<std::int64_t, 1> load) {
         const expert_t* chosen = seen.routing.expert[t].data;
-        for (index_t k = 0; k < seen.top_k(); ++k) ++load.data[chosen[k]];
+        for (index_t k = 0; k < seen.top_k(); ++k)
+            if (chosen[k] >= 0) ++load.data[chosen[k]];  // a router may give a token fewer than K experts
         ++load.data[seen.experts()];
     }
 

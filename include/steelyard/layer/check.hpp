@@ -1,6 +1,7 @@
 // What a layer checks at its boundary before it touches anything.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -30,12 +31,17 @@ std::span<const std::byte> extent_of(const view<T, Rank, Space>& tensor) {
 
 }  // namespace detail
 
-/// Refuses a tensor that is written while another, read one shares memory with it.
-template <class A, class B>
-Status check_apart(std::string_view stage, std::string_view written_name, const A& written, std::string_view read_name,
-                   const B& read) {
+/// Refuses a matrix that is written while another, read one shares memory with it. Columns of one wider matrix may
+/// be given side by side.
+template <class T, class Space>
+Status check_apart(std::string_view stage, std::string_view written_name, const view<T, 2, Space>& written,
+                   std::string_view read_name, const view<const std::remove_const_t<T>, 2, Space>& read) {
     const auto a = detail::extent_of(written), b = detail::extent_of(read);
-    const bool apart = a.empty() || b.empty() || a.data() + a.size() <= b.data() || b.data() + b.size() <= a.data();
+    bool apart = a.empty() || b.empty() || a.data() + a.size() <= b.data() || b.data() + b.size() <= a.data();
+    if (const index_t stride = written.strides[0]; !apart && stride > 0 && stride == read.strides[0]) {
+        const index_t ahead = ((read.data - written.data) % stride + stride) % stride;  // columns from one to the other
+        apart = ahead >= written.extents[1] && ahead + read.extents[1] <= stride;
+    }
     if (apart) return {};
     return Status::refuse(Code::invalid_argument, stage, written_name, "memory apart from " + std::string(read_name),
                           "memory that overlaps it");
@@ -61,16 +67,18 @@ Status check_config(const Config& config) {
     using Parts = ExpertParts<std::remove_cvref_t<decltype(config.expert)>>;
     if (Status s = Parts::routed(config.expert).check(shape); !s) return s;
     if (Status s = Parts::shared(config.expert).check(shape); !s) return s;
+    if (Status s = config.balance.check(shape); !s) return s;
     if (Status s = config.overflow.check(shape, config.router.top_k()); !s) return s;
-    if (shape.tokens * config.router.top_k() > std::numeric_limits<std::int32_t>::max())
+    constexpr index_t most = std::numeric_limits<std::int32_t>::max();
+    if (shape.experts > most) return detail::refuse_number(stage, "shape.experts", "below 2^31", shape.experts);
+    if (shape.tokens > most / config.router.top_k())
         return detail::refuse_number(stage, "shape.tokens", "tokens * top_k below 2^31", shape.tokens);
     return {};
 }
 
 /// The call's token count, mask, packed sequences and place in the step.
-template <class Space>
-Status check_tokens(std::string_view stage, const LayerShape& shape, index_t count, const TokenInfo<Space>& tokens,
-                    bool remembers) {
+template <class BalanceT, class Space>
+Status check_tokens(std::string_view stage, const LayerShape& shape, index_t count, const TokenInfo<Space>& tokens) {
     if (count > shape.tokens)
         return detail::refuse_number(stage, "x", "at most shape.tokens = " + std::to_string(shape.tokens) + " rows",
                                      count);
@@ -102,9 +110,17 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
     }
     const StepInfo& at = tokens.step;
     if (at.step < 0) return detail::refuse_number(stage, "step.step", "at least 0", at.step);
-    if (at.micro_step < 0 || (remembers && at.micro_step >= shape.micro_steps))
+    if (at.micro_step < 0 || (BalanceT::remembers && at.micro_step >= shape.micro_steps))
         return detail::refuse_number(stage, "step.micro_step",
                                      "below shape.micro_steps = " + std::to_string(shape.micro_steps), at.micro_step);
+    if (at.token_offset < 0) return detail::refuse_number(stage, "step.token_offset", "at least 0", at.token_offset);
+    if (!std::isfinite(at.grad_scale))
+        return Status::refuse(Code::invalid_argument, stage, "step.grad_scale", "a finite number",
+                              std::to_string(at.grad_scale));
+    if (BalanceT::has_loss && tokens.mode == Mode::train && at.micro_step > 0 && at.total_tokens == 0)
+        return detail::refuse_number(stage, "step.total_tokens",
+                                     "the valid tokens of the whole step, which has several micro-steps",
+                                     at.total_tokens);
     if (at.total_tokens != 0 && at.total_tokens < valid)
         return detail::refuse_number(stage, "step.total_tokens",
                                      "0, or at least this call's " + std::to_string(valid) + " valid tokens",
@@ -113,10 +129,12 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
 }
 
 /// A context that is in the phase which the stage needs.
-inline Status check_call(std::string_view stage, const CallInfo& call, CallInfo::Phase needed) {
-    const bool written = call.magic == CallInfo::expected_magic;
-    if (written && call.phase == needed) return {};
+inline Status check_call(std::string_view stage, const CallInfo& call, std::int64_t layout, CallInfo::Phase needed) {
+    if (call.is(needed, layout)) return {};
+    const bool written = call.magic == CallInfo::expected_magic && call.layout == layout;
     std::string came = "a context that no forward has written";
+    if (call.magic == CallInfo::expected_magic && call.layout != layout) came = "the context of another layer";
+    if (written && call.phase == CallInfo::Phase::spent) came = "a context that backward has used already";
     if (written && call.phase == CallInfo::Phase::evaluated) came = "the context of an evaluation";
     if (written && call.phase == CallInfo::Phase::counted) came = "a deferred forward that was not concluded";
     if (written && call.phase == CallInfo::Phase::ready) came = "a context that is concluded already";
@@ -132,7 +150,8 @@ inline Status check_header(std::string_view stage, const StateHeader& found, con
     const auto text = [](const StateHeader& header) {
         if (header.magic != StateHeader::expected_magic) return std::string("bytes that init_state has not written");
         return "version " + std::to_string(header.version) + ", " + std::to_string(header.experts) + " experts, " +
-               std::to_string(header.micro_steps) + " micro-steps, " + std::to_string(header.bytes) + " bytes";
+               std::to_string(header.micro_steps) + " micro-steps, " + std::to_string(header.bytes) + " bytes, layer " +
+               std::to_string(header.layer) + ", layout " + std::to_string(header.layout);
     };
     return Status::refuse(Code::bad_state, stage, "state", text(expected), text(found));
 }
@@ -146,12 +165,13 @@ inline Status check_stack(std::string_view stage, const Stack& stack, index_t ro
     return {};
 }
 
-/// A stack whose rows are read: one that was posted to must have been summed.
+/// A stack whose rows are read must have been summed.
 inline Status check_summed(std::string_view stage, const Stack& stack, index_t row, index_t words) {
-    if (!stack.complete())
+    if (Status s = check_stack(stage, stack, row, words); !s) return s;
+    if (!stack.summed())
         return Status::refuse(Code::invalid_argument, stage, "stack", "the sum of what was posted: begin, then end",
                               "a stack that was not summed");
-    return check_stack(stage, stack, row, words);
+    return {};
 }
 
 /// For scopes that draw over ranks.

@@ -11,6 +11,7 @@
 #include "steelyard/core/routing.hpp"
 #include "steelyard/expert/shared.hpp"
 #include "steelyard/layer/stack.hpp"
+#include "steelyard/layer/sum_head.hpp"
 
 namespace steelyard {
 
@@ -35,20 +36,27 @@ struct ExpertParts<WithShared<RoutedT, SharedT>> {
 
 /// What one call was about; backward reads it instead of being told again.
 struct CallInfo {
-    enum class Phase : std::int64_t { none, counted, ready, evaluated };
-    std::int64_t magic = 0;
+    enum class Phase : std::int32_t { none, counted, ready, evaluated, spent };
+    std::int64_t magic = 0, layout = 0;  // layout: of the context that this belongs to
     Phase phase = Phase::none;
+    Mode mode = Mode::train;
     index_t tokens = 0, sequences = 0;  // sequences: 0 where no offsets were given
     std::int64_t valid_tokens = 0;
     std::int64_t masked = 0;  // whether there was a mask
     StepInfo step;
 
     static constexpr std::int64_t expected_magic = 0x53544c5943414c4c;
+
+    /// Written by a layer whose context has this layout, and in this phase.
+    [[nodiscard]] bool is(Phase expected, std::int64_t of_layout) const {
+        return magic == expected_magic && layout == of_layout && phase == expected;
+    }
 };
 
 /// The head of a layer's state: bytes that are something else are refused rather than trained on.
 struct StateHeader {
-    std::int64_t magic = 0, version = 0, experts = 0, micro_steps = 0, bytes = 0;
+    std::int64_t magic = 0, version = 0, layer = 0, experts = 0, micro_steps = 0, bytes = 0;
+    std::int64_t layout = 0;  // fingerprint_of the state: policies of equal size are told apart
 
     static constexpr std::int64_t expected_magic = 0x53544c5953544154, current_version = 1;
     friend bool operator==(const StateHeader&, const StateHeader&) = default;
@@ -98,6 +106,13 @@ struct LayerTypes {
             return one;
         }
         [[nodiscard]] index_t rows() const { return shape.tokens * top_k; }
+        /// Of the sums that this layer takes part in: the policy's words behind a head, or none at all.
+        [[nodiscard]] index_t wire_words() const {
+            return BalanceT::communicates ? SumHead::words + balance.wire_words(shape) : 0;
+        }
+        [[nodiscard]] index_t step_words() const {
+            return BalanceT::communicates_at_step_end ? SumHead::words + balance.step_words(shape) : 0;
+        }
     };
 
     /// The caller's tensors; with non-const elements also their gradients, which accumulate.
@@ -185,7 +200,7 @@ struct LayerTypes {
         template <class Field>
         void fields(Field&& field, const Dims& dims) {
             const index_t tokens = dims.shape.tokens;
-            field("wire", wire, std::max(dims.balance.wire_words(dims.shape), dims.balance.step_words(dims.shape)));
+            field("wire", wire, std::max(dims.wire_words(), dims.step_words()));
             if constexpr (BalanceT::needs_rank_tokens) field("tokens_of_rank", tokens_of_rank, dims.shape.ranks);
             field("rows", rows, dims.rows(), dims.shape.width);
             field.group("grad", grad, tokens, dims.shape.experts, dims.top_k);

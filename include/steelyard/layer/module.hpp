@@ -53,11 +53,18 @@ public:
         });
     }
 
-    /// y (=) the layer's output; counts for the balance of the current step.
+    /// y (=) the layer's output; counts for the balance of the current step. With several micro-steps or ranks, give
+    /// `tokens.step.total_tokens`. One forward at a time: look at other tokens with `evaluate`.
     void forward(view<const T, 2> x, view<T, 2> y, TokenInfo<> tokens = {}) {
+        if (pending_)
+            throw Error(Status::refuse(Code::invalid_argument, "module.forward", "call",
+                                       "backward or end_step after the last forward", "another forward"));
         tokens.step.step = step_;
         tokens.step.micro_step = micro_step_;
+        if (tokens.step.token_offset == 0) tokens.step.token_offset = tokens_seen_;
         throw_if_refused(layer_.forward(comm_, args(x, y, tokens)));
+        tokens_seen_ += x.extents[0];
+        pending_ = true;
     }
 
     /// y (=) the layer's output without noise; leaves balance alone.
@@ -77,6 +84,7 @@ public:
                                           .context = context_,
                                           .workspace = workspace_}));
         ++micro_step_;
+        pending_ = false;
     }
 
     /// Calls visit(name, weights, gradient) for each parameter tensor: two views of equal shape, for an optimizer.
@@ -94,8 +102,7 @@ public:
     void end_step() {
         throw_if_refused(layer_.end_step(comm_, step_, state_, workspace_));
         std::fill_n(grad_memory_.data(), grad_memory_.size(), std::byte{0});
-        ++step_;
-        micro_step_ = 0;
+        begin_step(step_ + 1);
     }
 
     [[nodiscard]] const Layer& layer() const { return layer_; }
@@ -109,13 +116,18 @@ public:
     /// Goes on from a checkpoint whose state has been copied into `state()`.
     void resume(std::int64_t step) {
         throw_if_refused(layer_.check_state("module.resume", state_.span()));
-        step_ = step;
-        micro_step_ = 0;
+        begin_step(step);
     }
 
     Params params, grads;
 
 private:
+    void begin_step(std::int64_t step) {
+        step_ = step;
+        micro_step_ = tokens_seen_ = 0;
+        pending_ = false;
+    }
+
     auto args(view<const T, 2> x, view<T, 2> y, const TokenInfo<>& tokens) {
         return typename Layer::ForwardArgs{.x = x,
                                            .params = layer_.read_only_params(params),
@@ -129,7 +141,8 @@ private:
     Layer layer_;
     Comm comm_;
     Bytes param_memory_, grad_memory_, state_, context_, workspace_;
-    std::int64_t step_ = 0, micro_step_ = 0;
+    std::int64_t step_ = 0, micro_step_ = 0, tokens_seen_ = 0;
+    bool pending_ = false;  // a forward that no backward has followed
 };
 
 }  // namespace steelyard

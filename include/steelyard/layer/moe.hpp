@@ -68,8 +68,8 @@ public:
     [[nodiscard]] index_t context_bytes() const { return bytes_of<Context>(dims_); }
     [[nodiscard]] index_t workspace_bytes() const { return bytes_of<Workspace>(dims_); }
     /// Words of this layer on the wire of a forward, and at the end of a step: for a `Stack`.
-    [[nodiscard]] index_t wire_words() const { return config_.balance.wire_words(shape()); }
-    [[nodiscard]] index_t step_words() const { return config_.balance.step_words(shape()); }
+    [[nodiscard]] index_t wire_words() const { return dims_.wire_words(); }
+    [[nodiscard]] index_t step_words() const { return dims_.step_words(); }
 
     /// The parameters (or their gradients) laid out in `block`, of at least `param_bytes()`.
     [[nodiscard]] Params place_params(std::byte* block) const { return place<Params>(block, dims_); }
@@ -94,8 +94,11 @@ public:
     }
 
     /// Writes y and, under Mode::train, observes the routing and computes this call's balance loss.
+    ///
+    /// Where the policy communicates, a rank that refuses (logits that are not finite, say) still takes part in the sum
+    /// and says so: the others return `Code::rank_refused`, and the group can go on with the next call.
     Status forward(const CommT& comm, const ForwardArgs& args) const {
-        if (Status s = this->check_forward(args); !s) return s;
+        if (Status s = this->check_forward(args); !s) return this->refuse_together(comm, args, std::move(s));
         const auto context = place<Context>(args.context.data(), dims_);
         const auto workspace = place<Workspace>(args.workspace.data(), dims_);
         const auto state = this->place_state(args.state);
@@ -108,23 +111,31 @@ public:
                                                         this->selection_bias(state, tokens.step), tokens, config_.layer,
                                                         routing, scratch);
             !s)
-            return s;
+            return this->refuse_together(comm, args, std::move(s));
 
         const bool train = tokens.mode == Mode::train;
-        bool summing = false;
-        const bool deferred = BalanceT::communicates && args.stack != nullptr;
+        const bool summing = train && config_.balance.exchanges(state.balance, tokens.step);
+        const bool deferred = summing && args.stack != nullptr;
         auto seen = this->observation(context, count);
-        if (train)
-            if (Status s = this->post_counts(comm, args, context, workspace, state, seen, summing); !s) return s;
+        if constexpr (BalanceT::needs_rank_tokens) {
+            if (summing)
+                if (Status s = this->know_rank_tokens(comm, args, workspace, seen); !s) return s;
+        }
+        if (train) this->count_choices_of(args, context, workspace, state, seen);
+        if constexpr (BalanceT::communicates) {
+            if (summing)
+                if (Status s = this->start_sum(comm, args, workspace); !s) return s;
+        }
 
         this->run_experts(args, context, workspace, count);
 
         if (train && !deferred) {
+            Wire<Space> wire;
             if constexpr (BalanceT::communicates) {
                 if (summing)
-                    if (Status s = comm.end_sum(this->words(workspace.wire, wire_words())); !s) return s;
+                    if (Status s = this->finish_sum(comm, "layer.forward", workspace, wire_words()); !s) return s;
+                wire = this->behind_head(workspace.wire);
             }
-            Wire<Space> wire(workspace.wire);
             config_.balance.conclude(config_.device, seen, state.balance, context.balance, wire, scratch);
         }
         this->combine_outputs(args, context, workspace, count);  // last, so that a failed sum leaves y as it was
@@ -143,20 +154,23 @@ public:
             return s;
         if (Status s = this->check_state("layer.conclude", state_bytes); !s) return s;
         const auto context = place<Context>(context_bytes.data(), dims_);
-        const bool written = context.call[0].magic == CallInfo::expected_magic;
-        if (written && context.call[0].phase == CallInfo::Phase::ready) return {};
-        if (Status s = check_call("layer.conclude", context.call[0], CallInfo::Phase::counted); !s) return s;
+        if (context.call[0].is(CallInfo::Phase::ready, this->context_layout_)) return {};
+        if (Status s = check_call("layer.conclude", context.call[0], this->context_layout_, CallInfo::Phase::counted);
+            !s)
+            return s;
         if (Status s = check_summed("layer.conclude", stack, row, wire_words()); !s) return s;
+        if (Status s = SumHead::check("layer.conclude", stack.row(row)); !s) return s;
         const auto workspace = place<Workspace>(workspace_bytes.data(), dims_);
         const auto state = this->place_state(state_bytes);
-        Wire<Space> wire(stack.row(row));
+        Wire<Space> wire = this->behind_head(stack.row(row));
         config_.balance.conclude(config_.device, this->observation(context, context.call[0].tokens), state.balance,
                                  context.balance, wire, workspace.scratch.data);
         context.call[0].phase = CallInfo::Phase::ready;
         return {};
     }
 
-    /// dx (=) and grads (+=): of the outputs' loss through dy, and of this call's balance loss.
+    /// dx (=) and grads (+=): of the outputs' loss through dy, and of this call's balance loss. Uses the context up: a
+    /// second backward needs a forward of its own, which as a replay counts nothing twice.
     Status backward(const BackwardArgs& args) const {
         if (Status s = this->check_backward(args); !s) return s;
         const auto context = place<Context>(args.context.data(), dims_);
@@ -172,6 +186,7 @@ public:
         config_.balance.gradient(config_.device, seen, context.balance, grad);
         config_.router.template backward<T>(config_.device, args.params.router, args.x, seen.tokens, config_.layer,
                                             seen.routing, grad, args.dx, args.grads.router, scratch);
+        context.call[0].phase = CallInfo::Phase::spent;
         return {};
     }
 
@@ -183,12 +198,17 @@ public:
             if (Status s = this->check_state("layer.end_step", state); !s) return s;
             if (Status s = check_block("layer.end_step", "workspace", workspace, workspace_bytes()); !s) return s;
             const auto placed = this->place_state(state);
-            const auto wire = place<Workspace>(workspace.data(), dims_).wire;
-            Wire<Space> out(wire), in(wire);
+            const auto space = place<Workspace>(workspace.data(), dims_);
+            Wire<Space> out, in;
+            if constexpr (BalanceT::communicates_at_step_end) {
+                out = in = this->behind_head(space.wire);
+                this->clear(space.wire);
+                SumHead::write(space.wire, this->key({.step = step}, true), false);
+            }
             config_.balance.collect_step(placed.balance, step, out);
             if constexpr (BalanceT::communicates_at_step_end) {
-                if (Status s = comm.begin_sum(this->words(wire, step_words())); !s) return s;
-                if (Status s = comm.end_sum(this->words(wire, step_words())); !s) return s;
+                if (Status s = comm.begin_sum(this->words(space.wire, step_words())); !s) return s;
+                if (Status s = this->finish_sum(comm, "layer.end_step", space, step_words()); !s) return s;
             }
             config_.balance.end_step(placed.balance, step, in);
         }
@@ -200,17 +220,25 @@ public:
         if constexpr (BalanceT::remembers) {
             if (Status s = this->check_state("layer.post_step", state); !s) return s;
             if (Status s = check_stack("layer.post_step", stack, row, step_words()); !s) return s;
-            Wire<Space> wire(stack.row(row));
+            Wire<Space> wire;
+            if constexpr (BalanceT::communicates_at_step_end) {
+                SumHead::write(stack.row(row), this->key({.step = step}, true), false);
+                wire = this->behind_head(stack.row(row));
+                stack.post();
+            }
             config_.balance.collect_step(this->place_state(state).balance, step, wire);
-            if constexpr (BalanceT::communicates_at_step_end) stack.post();
         }
         return {};
     }
     Status end_step(const Stack& stack, index_t row, std::int64_t step, std::span<std::byte> state) const {
         if constexpr (BalanceT::remembers) {
             if (Status s = this->check_state("layer.end_step", state); !s) return s;
-            if (Status s = check_summed("layer.end_step", stack, row, step_words()); !s) return s;
-            Wire<Space> wire(stack.row(row));
+            Wire<Space> wire;
+            if constexpr (BalanceT::communicates_at_step_end) {
+                if (Status s = check_summed("layer.end_step", stack, row, step_words()); !s) return s;
+                if (Status s = SumHead::check("layer.end_step", stack.row(row)); !s) return s;
+                wire = this->behind_head(stack.row(row));
+            }
             config_.balance.end_step(this->place_state(state).balance, step, wire);
         }
         return {};
@@ -223,7 +251,8 @@ public:
     [[nodiscard]] double balance_loss(std::span<std::byte> context) const {
         const auto placed = place<Context>(context.data(), dims_);
         const CallInfo& call = placed.call[0];
-        return call.phase == CallInfo::Phase::ready ? config_.balance.loss(placed.balance, call.step) : 0.0;
+        const bool concluded = call.phase == CallInfo::Phase::ready || call.phase == CallInfo::Phase::spent;
+        return concluded ? config_.balance.loss(placed.balance, call.step) : 0.0;
     }
     /// The routing of the call's tokens: experts, weights, probabilities.
     [[nodiscard]] Routing<T, Space> routing(std::span<std::byte> context) const {

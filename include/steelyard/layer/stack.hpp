@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "steelyard/comm/concept.hpp"
 #include "steelyard/core/view.hpp"
@@ -17,8 +18,13 @@ namespace steelyard {
 class Stack {
 public:
     /// `memory` holds at least layers * words integers and outlives the stack; `words` is the largest of the layers'.
-    Stack(std::span<std::int64_t> memory, index_t layers, index_t words)
-        : rows_(memory.data(), layers, words), memory_(memory.first(static_cast<std::size_t>(layers * words))) {
+    /// Throws `Error` when the memory is too small.
+    Stack(std::span<std::int64_t> memory, index_t layers, index_t words) : rows_(memory.data(), layers, words) {
+        if (static_cast<index_t>(memory.size()) < layers * words)
+            throw Error(Status::refuse(Code::invalid_argument, "stack", "memory",
+                                       "at least " + std::to_string(layers * words) + " integers",
+                                       std::to_string(memory.size())));
+        memory_ = memory.first(static_cast<std::size_t>(layers * words));
         clear();
     }
 
@@ -32,8 +38,8 @@ public:
         summed_ = false;
     }
 
-    /// Whether the rows hold sums: those of a stack that was posted to do so only after `end`.
-    [[nodiscard]] bool complete() const { return posted_ == 0 || summed_; }
+    /// Whether the rows hold the sums of what was posted: from `end` to the next `post` or `clear`.
+    [[nodiscard]] bool summed() const { return summed_; }
 
     /// Starts the sum, if any layer posted: replays and rank-local policies have nothing to sum.
     template <CommBackend Comm>

@@ -33,10 +33,11 @@ protected:
 
     explicit LayerStages(const Config& config)
         : config_(config),
-          dims_{config.shape, config.router, config.expert, config.balance, config.router.top_k(), scratch_bytes()} {}
-
+          dims_{config.shape, config.router, config.expert, config.balance, config.router.top_k(), scratch_bytes()},
+          context_layout_(fingerprint_of<Context>(dims_)), state_layout_(fingerprint_of<State>(dims_)) {}
 
     [[nodiscard]] index_t scratch_bytes() const {
+        if (!check_config(config_)) return 0;  // policies are asked for sizes only after they have accepted the shape
         const auto& [shape, router, expert, balance, overflow, device, layer] = config_;
         LayerShape one = shape;
         one.experts = 1;
@@ -46,14 +47,15 @@ protected:
                                   balance_ops<typename Types::Device>::scratch_bytes(device, shape)});
         if constexpr (Parts::has_shared)
             bytes = std::max(bytes, Parts::shared(expert).template scratch_bytes<T>(device, one));
-        if constexpr (Overflow::drops) 
+        if constexpr (Overflow::drops)
             bytes = std::max(bytes, overflow.template scratch_bytes<T>(device, shape, router.top_k()));
         return bytes;
     }
 
     [[nodiscard]] StateHeader state_header() const {
-        return {StateHeader::expected_magic, StateHeader::current_version, config_.shape.experts, config_.shape.micro_steps,
-                bytes_of<State>(dims_)};
+        return {StateHeader::expected_magic, StateHeader::current_version, static_cast<std::int64_t>(config_.layer),
+                config_.shape.experts,       config_.shape.micro_steps,    bytes_of<State>(dims_),
+                state_layout_};
     }
     [[nodiscard]] State place_state(std::span<std::byte> state) const { return place<State>(state.data(), dims_); }
     [[nodiscard]] auto selection_bias(const State& state, const StepInfo& at) const {
@@ -82,7 +84,7 @@ protected:
         constexpr std::string_view stage = "layer.forward";
         if (Status s = check_config(config_); !s) return s;
         const index_t count = args.x.extents[0];
-        if (Status s = check_tokens(stage, config_.shape, count, args.tokens, Balance::remembers); !s) return s;
+        if (Status s = check_tokens<Balance>(stage, config_.shape, count, args.tokens); !s) return s;
         if (Status s = check_view(stage, "x", args.x, count, config_.shape.width); !s) return s;
         if (Status s = check_view(stage, "y", args.y, count, config_.shape.width); !s) return s;
         if (Status s = check_apart(stage, "y", args.y, "x", args.x); !s) return s;
@@ -90,7 +92,7 @@ protected:
         if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
         if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
         if (Balance::communicates && args.stack != nullptr)
-            if (Status s = check_stack(stage, *args.stack, args.row, config_.balance.wire_words(config_.shape)); !s) return s;
+            if (Status s = check_stack(stage, *args.stack, args.row, dims_.wire_words()); !s) return s;
         return check_state(stage, args.state);
     }
 
@@ -99,7 +101,7 @@ protected:
         if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
         if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
         const CallInfo& call = place<Context>(args.context.data(), dims_).call[0];
-        if (Status s = check_call(stage, call, CallInfo::Phase::ready); !s) return s;
+        if (Status s = check_call(stage, call, context_layout_, CallInfo::Phase::ready); !s) return s;
         if (Status s = check_view(stage, "x", args.x, call.tokens, config_.shape.width); !s) return s;
         if (Status s = check_view(stage, "dy", args.dy, call.tokens, config_.shape.width); !s) return s;
         if (Status s = check_view(stage, "dx", args.dx, call.tokens, config_.shape.width); !s) return s;
@@ -113,7 +115,12 @@ protected:
     TokenInfo<Space> remember_call(const Context& context, const ForwardArgs& args) const {
         const index_t count = args.x.extents[0];
         CallInfo& call = context.call[0];
-        call = {.magic = CallInfo::expected_magic, .tokens = count, .valid_tokens = count, .step = args.tokens.step};
+        call = {.magic = CallInfo::expected_magic,
+                .layout = context_layout_,
+                .mode = args.tokens.mode,
+                .tokens = count,
+                .valid_tokens = count,
+                .step = args.tokens.step};
         if (args.tokens.mask.present()) {
             call.masked = 1;
             call.valid_tokens = 0;
@@ -126,9 +133,7 @@ protected:
             call.sequences = args.tokens.sequences.extents[0] - 1;
             for (index_t s = 0; s <= call.sequences; ++s) context.sequences[s] = args.tokens.sequences[s];
         }
-        TokenInfo<Space> tokens = observation(context, count).tokens;
-        tokens.mode = args.tokens.mode;
-        return tokens;
+        return observation(context, count).tokens;
     }
 
     [[nodiscard]] Observation<T, Space> observation(const Context& context, index_t count) const {
@@ -138,35 +143,71 @@ protected:
         if (call.masked) seen.tokens.mask = context.mask.slice(0, count);
         if (call.sequences > 0) seen.tokens.sequences = context.sequences.slice(0, call.sequences + 1);
         seen.tokens.step = call.step;
+        seen.tokens.mode = call.mode;
         seen.valid_tokens = call.valid_tokens;
         seen.layer = config_.layer;
         return seen;
     }
 
-    /// Counts, and starts their sum over the data group where the policy asks for one.
-    Status post_counts(const typename Types::Comm& comm, const ForwardArgs& args, const Context& context, const Workspace& workspace,
-                       const State& state, Observation<T, Space>& seen, bool& summing) const {
-        Wire<Space> wire(workspace.wire);
+    /// The policy's words behind the head.
+    static Wire<Space> behind_head(view<std::int64_t, 1, Space> wire) {
+        return Wire<Space>(wire.slice(SumHead::words, wire.extents[0]));
+    }
+    [[nodiscard]] std::int64_t key(const StepInfo& at, bool at_step_end) const {
+        return SumHead::key(at, config_.layer, at_step_end);
+    }
+
+    /// Counts into the record and, for a policy that communicates, onto the wire: the stack's row, or the workspace's.
+    void count_choices_of(const ForwardArgs& args, const Context& context, const Workspace& workspace,
+                          const State& state, const Observation<T, Space>& seen) const {
+        Wire<Space> words;
         if constexpr (Balance::communicates) {
-            const bool exchanges = config_.balance.exchanges(state.balance, seen.tokens.step);
-            if constexpr (Balance::needs_rank_tokens) {
-                if (exchanges)
-                    if (Status s = know_rank_tokens(comm, args, workspace, seen); !s) return s;
-            }
-            if (args.stack != nullptr) wire = Wire<Space>(args.stack->row(args.row));
-            config_.balance.observe(config_.device, seen, state.balance, context.balance, wire);
-            if (!exchanges) return {};
-            if (args.stack != nullptr) {
-                args.stack->post();
-                return {};
-            }
-            summing = true;
-            return comm.begin_sum(words(workspace.wire, config_.balance.wire_words(config_.shape)));
-        } else {
-            (void)comm, (void)args, (void)summing;
-            config_.balance.observe(config_.device, seen, state.balance, context.balance, wire);
-            return {};
+            const auto wire = args.stack != nullptr ? args.stack->row(args.row) : workspace.wire;
+            clear(wire);
+            SumHead::write(wire, key(seen.tokens.step, false), false);
+            words = behind_head(wire);
         }
+        config_.balance.observe(config_.device, seen, state.balance, context.balance, words);
+    }
+
+    /// Starts the sum of what was counted: at once, or by posting it to the stack.
+    Status start_sum(const typename Types::Comm& comm, const ForwardArgs& args, const Workspace& workspace) const {
+        if (args.stack == nullptr) return comm.begin_sum(words(workspace.wire, dims_.wire_words()));
+        args.stack->post();
+        return {};
+    }
+
+    /// Waits for the sum and reads its head.
+    Status finish_sum(const typename Types::Comm& comm, std::string_view stage, const Workspace& workspace,
+                      index_t count) const {
+        if (Status s = comm.end_sum(words(workspace.wire, count)); !s) return s;
+        return SumHead::check(stage, workspace.wire);
+    }
+
+    /// A refusal of a forward that the other ranks wait in: takes part in their sum with a word that says so, where
+    /// the arguments allow it, so that every rank refuses at once. Answers with the refusal itself.
+    Status refuse_together([[maybe_unused]] const typename Types::Comm& comm, [[maybe_unused]] const ForwardArgs& args,
+                           Status refusal) const {
+        if constexpr (Balance::communicates) {
+            const StepInfo& at = args.tokens.step;
+            const bool able = check_config(config_).ok() && args.tokens.mode == Mode::train && at.step >= 0 &&
+                              at.micro_step >= 0 && at.micro_step < config_.shape.micro_steps &&
+                              check_block("", "", args.workspace, bytes_of<Workspace>(dims_)).ok() &&
+                              check_state("", args.state).ok();
+            if (!able || !config_.balance.exchanges(place_state(args.state).balance, at)) return refusal;
+            if (args.stack != nullptr && !check_stack("", *args.stack, args.row, dims_.wire_words())) return refusal;
+            const auto workspace = place<Workspace>(args.workspace.data(), dims_);
+            if constexpr (Balance::needs_rank_tokens) {
+                Observation<T, Space> nothing;
+                if (!args.tokens_of_rank.present() && !know_rank_tokens(comm, args, workspace, nothing)) return refusal;
+            }
+            const auto wire = args.stack != nullptr ? args.stack->row(args.row) : workspace.wire;
+            clear(wire);
+            SumHead::write(wire, key(at, false), true);
+            if (start_sum(comm, args, workspace) && args.stack == nullptr)
+                (void)finish_sum(comm, "layer.forward", workspace, dims_.wire_words());
+        }
+        return refusal;
     }
 
     /// Valid tokens of each rank: the caller's word, or a small sum of one-hot vectors.
@@ -260,6 +301,7 @@ protected:
 
     Config config_;
     typename Types::Dims dims_;
+    std::int64_t context_layout_, state_layout_;
 };
 
 }  // namespace steelyard
