@@ -70,8 +70,8 @@ TEST_CASE("the comm backend of the documentation obeys the laws of backends") {
     CHECK_MESSAGE(laws.ok(), laws.message());
 }
 
-TEST_CASE("a synchronised layer sends one integer for each expert and one more; a rank-local one sends nothing") {
-    CHECK(words_sent_by_one_forward<SynchronizedLoss>() == 6 + 1);
+TEST_CASE("a synchronised layer sends one integer for each expert and five more; a rank-local one sends nothing") {
+    CHECK(words_sent_by_one_forward<SynchronizedLoss>() == 6 + 1 + SumHead::words);
     CHECK(words_sent_by_one_forward<MicroBatchLoss>() == 0);
     CHECK(words_sent_by_one_forward<WindowedLoss<4>>() == 0);
 }
