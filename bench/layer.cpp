@@ -79,8 +79,10 @@ void sync_over_micro(benchmark::State& state, const Shape& shape) {
     std::vector<std::unique_ptr<LayerCase<MicroBatchLoss, ThreadComm>>> micro;
     std::vector<std::unique_ptr<LayerCase<SynchronizedLoss, ThreadComm>>> sync;
     for (int r = 0; r < ranks; ++r) {
-        micro.push_back(std::make_unique<LayerCase<MicroBatchLoss, ThreadComm>>(shape, MicroBatchLoss{}, 1, group.comm(r)));
-        sync.push_back(std::make_unique<LayerCase<SynchronizedLoss, ThreadComm>>(shape, SynchronizedLoss{}, 1, group.comm(r)));
+        micro.push_back(std::make_unique<LayerCase<MicroBatchLoss, ThreadComm>>(shape, MicroBatchLoss{}, 1,
+                                                                                group.comm(r), ranks));
+        sync.push_back(std::make_unique<LayerCase<SynchronizedLoss, ThreadComm>>(shape, SynchronizedLoss{}, 1,
+                                                                                 group.comm(r), ranks));
     }
     const auto step_of_all = [&](auto& layers) {
         const double start = now();
