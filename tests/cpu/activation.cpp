@@ -1,4 +1,4 @@
-#include "steelyard/cpu/ffn_function.hpp"
+#include "steelyard/cpu/kernels.hpp"
 
 #include <doctest/doctest.h>
 

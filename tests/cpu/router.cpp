@@ -118,6 +118,242 @@ TEST_CASE_TEMPLATE("Every rule of selection agrees with the reference at awkward
                         }
 }
 
+namespace {
+
+/// What this program and machine can run.
+std::vector<Isa> instruction_sets() {
+    std::vector<Isa> all;
+    for (const Isa isa : {Isa::compiled, Isa::avx2, Isa::avx512, Isa::avx512_dot})
+        if (has_isa(isa)) all.push_back(isa);
+    return all;
+}
+
+/// Rows `take` of another routing's logits.
+template <class T>
+RoutingCase<T> rows_of(const RoutingCase<T>& all, const std::vector<index_t>& take) {
+    RoutingCase<T> some(static_cast<index_t>(take.size()), all.logits.columns, all.expert.columns, 2);
+    for (std::size_t i = 0; i < take.size(); ++i)
+        for (index_t e = 0; e < all.logits.columns; ++e)
+            some.logits(static_cast<index_t>(i), e) = all.logits(take[i], e);
+    return some;
+}
+
+template <class T>
+bool same_row(const RoutingCase<T>& a, index_t s, const RoutingCase<T>& b, index_t t) {
+    const auto same = [&](const auto& x, const auto& y) {
+        return std::memcmp(&x(s, 0), &y(t, 0), static_cast<std::size_t>(x.columns) * sizeof x(s, 0)) == 0;
+    };
+    return same(a.probs, b.probs) && same(a.weight, b.weight) && same(a.expert, b.expert);
+}
+
+}  // namespace
+
+TEST_CASE("Every instruction set agrees with the reference, and a token's bits are its own") {
+    std::vector<std::pair<index_t, int>> sizes;
+    for (const index_t experts : {1, 3, 8, 17, 64, 65, 160, 256, 512})
+        for (const int top_k : {1, 2, 3, 4, 6, 8, 11, 16, 17})
+            if (top_k <= experts) sizes.push_back({experts, top_k});
+    for (const Isa isa : instruction_sets())
+        for (const auto& size : sizes)
+            for (const bool biased : {false, true})
+                for (const Score score : {Score::softmax, Score::sigmoid}) {
+                    const index_t experts = size.first;
+                    const int top_k = size.second;
+                    CAPTURE(name_of(isa));
+                    CAPTURE(experts);
+                    CAPTURE(top_k);
+                    CAPTURE(biased);
+                    CAPTURE(static_cast<int>(score));
+                    const int groups = experts % 8 == 0 && top_k <= experts / 4 && top_k % 2 == 0 ? 8 : 1;
+                    const SelectionRule rule{top_k,
+                                             score,
+                                             top_k % 3 == 0 ? GateWeight::score : GateWeight::renormalized,
+                                             1.5,
+                                             groups,
+                                             groups == 1 ? 1 : 2,
+                                             GroupScore::max};
+                    RoutingCase<float> all(33, experts, top_k, 3);
+                    fill(all, biased ? 2.0 : 20.0, static_cast<unsigned>(experts + top_k));
+                    for (index_t e = 0; e < experts; ++e) {
+                        all.logits(5, e) = static_cast<float>((e * 7) % 3);  // ties
+                        all.logits(6, e) = 0.25f;
+                        all.logits(17, e) = -1000.0f - all.logits(17, e);  // every sigmoid underflows
+                    }
+                    std::vector<float> bias;
+                    for (index_t e = 0; e < experts && biased; ++e)
+                        bias.push_back(0.013f * static_cast<float>((e * 37) % 101) - 0.5f);
+                    std::vector<std::uint8_t> mask(33, 1);
+                    mask[9] = mask[31] = 0;
+                    REQUIRE(all.select(rule, bias, mask, {1, isa}) == -1);
+                    compare(all, rule, bias, mask);
+                    for (const int threads : {2, 3, 7}) {
+                        RoutingCase<float> again = all;
+                        again.select(rule, bias, mask, {threads, isa});
+                        REQUIRE(again.same_bits(all));
+                    }
+                    // Alone, and in batches that end anywhere in a block and hold the tokens in other places.
+                    for (const index_t count : {0, 1, 15, 16, 17}) {
+                        std::vector<index_t> take;
+                        for (index_t i = 0; i < count; ++i) take.push_back((i * 5 + 3) % 33);
+                        RoutingCase<float> some = rows_of(all, take);
+                        REQUIRE(some.select(rule, bias, {}, {1, isa}) == -1);
+                        for (std::size_t i = 0; i < take.size(); ++i)
+                            if (mask[static_cast<std::size_t>(take[i])] != 0)
+                                REQUIRE(same_row(some, static_cast<index_t>(i), all, take[i]));
+                    }
+                }
+}
+
+TEST_CASE("Of groups with equal ranks the first is kept") {
+    for (const Isa isa : instruction_sets())
+        for (const bool biased : {false, true}) {
+            RoutingCase<float> routing(20, 6, 2);
+            const float z[] = {0.0f, 5.0f, -1.0f, 4.0f, 5.0f, 4.0f};
+            for (index_t t = 0; t < 20; ++t)
+                for (index_t e = 0; e < 6; ++e) routing.logits(t, e) = z[e];
+            REQUIRE(routing.select({.top_k = 2, .groups = 2, .kept_groups = 1},
+                                   biased ? std::vector<float>(6, 0.5f) : std::vector<float>{}, {}, {1, isa}) == -1);
+            for (index_t t = 0; t < 20; ++t) {
+                CHECK(routing.expert(t, 0) == 1);
+                CHECK(routing.expert(t, 1) == 0);
+            }
+        }
+}
+
+TEST_CASE("A token that is not finite changes no bit of its neighbours") {
+    for (const Isa isa : instruction_sets())
+        for (const bool biased : {false, true}) {
+            const std::vector<float> bias = biased ? std::vector<float>(21, 0.25f) : std::vector<float>{};
+            const SelectionRule rule{.top_k = 4, .weight = GateWeight::score};
+            RoutingCase<float> clean(40, 21, 4);
+            fill(clean, 1.0, 9);
+            RoutingCase<float> dirty = clean;
+            dirty.logits(7, 20) = std::numeric_limits<float>::quiet_NaN();
+            dirty.logits(18, 0) = std::numeric_limits<float>::infinity();
+            dirty.logits(35, 3) = -std::numeric_limits<float>::infinity();
+            REQUIRE(clean.select(rule, bias, {}, {1, isa}) == -1);
+            CHECK(dirty.select(rule, bias, {}, {1, isa}) == 7);
+            std::vector<std::uint8_t> mask(40, 1);
+            mask[7] = 0;
+            CHECK(dirty.select(rule, bias, mask, {3, isa}) == 18);
+            mask[18] = 0;
+            CHECK(dirty.select(rule, bias, mask, {3, isa}) == 35);
+            for (index_t t = 0; t < 40; ++t)
+                if (t != 7 && t != 18 && t != 35) CHECK(same_row(dirty, t, clean, t));
+        }
+}
+
+TEST_CASE("A bias that is not finite chooses distinct experts all the same") {
+    RoutingCase<float> routing(20, 6, 3);
+    fill(routing, 1.0, 2);
+    const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    REQUIRE(routing.select({.top_k = 3}, {-inf, nan, 0.0f, inf, -inf, 0.0f}) == -1);
+    for (index_t t = 0; t < 20; ++t) {
+        CHECK(routing.expert(t, 0) == 3);
+        CHECK(routing.expert(t, 1) + routing.expert(t, 2) == 7);
+    }
+}
+
+TEST_CASE("Weights of given choices, some of them none, are those of a selection in every instruction set") {
+    for (const Isa isa : instruction_sets())
+        for (const Score score : {Score::softmax, Score::sigmoid})
+            for (const GateWeight kind : {GateWeight::score, GateWeight::renormalized})
+                for (const int top_k : {1, 3, 16, 18}) {
+                    const SelectionRule rule{.top_k = top_k, .score = score, .weight = kind, .scale = 2.0};
+                    RoutingCase<float> routing(19, 40, top_k, 1);
+                    fill(routing, 3.0, 4);
+                    for (index_t t = 0; t < 19; ++t)
+                        for (int k = 0; k < top_k; ++k)
+                            routing.expert(t, k) =
+                                (t + k) % 4 == 0 || t == 8 ? -1 : static_cast<expert_t>((t * 11 + k * 3) % 40);
+                    std::vector<std::uint8_t> mask(19, 1);
+                    mask[2] = 0;
+                    const auto given = routing.expert;
+                    const Bytes scratch(
+                        ops::scratch_bytes<float>(Cpu{2, isa}, {.tokens = 19, .width = 4, .experts = 40}));
+                    REQUIRE(ops::weigh<float>(Cpu{2, isa}, rule, {mask.data(), 19}, routing.routing(),
+                                              scratch.data()) == -1);
+                    for (index_t t = 0; t < 19; ++t) {
+                        if (mask[static_cast<std::size_t>(t)] == 0) {
+                            for (int k = 0; k < top_k; ++k) CHECK(routing.expert(t, k) == -1);
+                            continue;
+                        }
+                        std::vector<double> z;
+                        for (index_t e = 0; e < 40; ++e) z.push_back(static_cast<double>(routing.logits(t, e)));
+                        const auto want = reference::select(rule, z, {});
+                        std::vector<int> chosen, place;
+                        for (int k = 0; k < top_k; ++k) {
+                            CHECK(routing.expert(t, k) == given(t, k));
+                            if (given(t, k) < 0)
+                                CHECK(routing.weight(t, k) == 0.0f);
+                            else
+                                chosen.push_back(given(t, k)), place.push_back(k);
+                        }
+                        if (chosen.empty()) continue;
+                        const auto weight = reference::weights(rule, want, chosen);
+                        for (std::size_t i = 0; i < chosen.size(); ++i)
+                            CHECK(static_cast<double>(routing.weight(t, place[i])) ==
+                                  doctest::Approx(weight[i]).epsilon(1e-5));
+                    }
+                }
+}
+
+TEST_CASE("The gradient of selection agrees with that in double in every instruction set") {
+    for (const Isa isa : instruction_sets())
+        for (const index_t experts : {1, 3, 17, 64, 160})
+            for (const Score score : {Score::softmax, Score::sigmoid})
+                for (const GateWeight kind : {GateWeight::score, GateWeight::renormalized})
+                    for (const int given : {1, 2, 3}) {  // dweight, dprobs, both
+                        CAPTURE(name_of(isa));
+                        CAPTURE(experts);
+                        CAPTURE(given);
+                        const int top_k = static_cast<int>(std::min<index_t>(experts, 5));
+                        const SelectionRule rule{.top_k = top_k, .score = score, .weight = kind, .scale = 1.5};
+                        constexpr index_t tokens = 35;
+                        RoutingCase<double> wide(tokens, experts, top_k);
+                        RoutingCase<float> narrow(tokens, experts, top_k, 2);
+                        fill(narrow, 2.0, 8);
+                        for (index_t t = 0; t < tokens; ++t)
+                            for (index_t e = 0; e < experts; ++e)
+                                wide.logits(t, e) = static_cast<double>(narrow.logits(t, e));
+                        std::vector<std::uint8_t> mask(tokens, 1);
+                        mask[4] = mask[34] = 0;
+                        narrow.select(rule, {}, mask, {1, isa});
+                        wide.select(rule, {}, mask);
+                        narrow.expert(1, 0) = -1;  // a choice that was taken back
+                        wide.expert(1, 0) = -1;
+                        Matrix<double> dw(tokens, top_k, 0.5), dp(tokens, experts, 0.25), dz(tokens, experts, 1.0);
+                        Matrix<float> dw_f(tokens, top_k, 0.5f, 1), dp_f(tokens, experts, 0.25f, 2),
+                            dz_f(tokens, experts, 1.0f, 3), other(tokens, experts, 1.0f, 3);
+                        for (index_t t = 0; t < tokens; ++t) {
+                            for (int k = 0; k < top_k; ++k)
+                                dw(t, k) = static_cast<double>(dw_f(t, k) = std::sin(static_cast<float>(t * 5 + k)));
+                            for (index_t e = 0; e < experts; ++e)
+                                dp(t, e) = static_cast<double>(dp_f(t, e) = std::cos(static_cast<float>(t * 9 + e)));
+                        }
+                        const view<const std::uint8_t, 1> masks(mask.data(), tokens);
+                        const auto gradient = [&](auto& a, auto& b, auto& c) {
+                            using V = decltype(a.mutable_view());
+                            return RoutingGrad<typename V::value_type>{(given & 1) != 0 ? a.mutable_view() : V{},
+                                                                       (given & 2) != 0 ? b.mutable_view() : V{},
+                                                                       c.mutable_view()};
+                        };
+                        ops::select_backward<double>(Cpu{}, rule, masks, wide.routing(), gradient(dw, dp, dz));
+                        ops::select_backward<float>(Cpu{1, isa}, rule, masks, narrow.routing(),
+                                                    gradient(dw_f, dp_f, dz_f));
+                        for (index_t t = 0; t < tokens; ++t)
+                            for (index_t e = 0; e < experts; ++e)
+                                REQUIRE(std::abs(static_cast<double>(dz_f(t, e)) - dz(t, e)) < 3e-6);
+                        CHECK(dz_f.padding_is(1.0f));
+                        for (const int threads : {2, 3, 7}) {
+                            std::fill(other.data.begin(), other.data.end(), 1.0f);
+                            ops::select_backward<float>(Cpu{threads, isa}, rule, masks, narrow.routing(),
+                                                        gradient(dw_f, dp_f, other));
+                            REQUIRE(other.data == dz_f.data);
+                        }
+                    }
+}
+
 TEST_CASE_TEMPLATE("Equal logits go to the lowest indices, in groups too", T, float, double) {
     for (const bool biased : {false, true})
         for (const Score score : {Score::softmax, Score::sigmoid})
@@ -186,7 +422,7 @@ TEST_CASE_TEMPLATE("A row with a NaN or an infinity is reported and still gets d
                                    groups, groups == 1 ? 1 : 2, GroupScore::top2_sum};
                 for (int threads : {1, 3}) {
                     CHECK(routing.select(rule, biased ? std::vector<float>(6, 0.5f) : std::vector<float>{}, mask,
-                                         threads) == 70);
+                                         {threads}) == 70);
                     for (index_t t : {70, 150})
                         for (int k = 0; k < 4; ++k) {
                             CHECK(routing.expert(t, k) >= 0);
@@ -217,7 +453,7 @@ TEST_CASE_TEMPLATE("Selection and its gradient have the same bits for any number
     ops::select_backward<T>(Cpu{1}, rule, {}, one.routing(),
                             {dweight.mutable_view(), dprobs.mutable_view(), first.mutable_view()});
     for (int threads : {2, 3, 7}) {
-        same.select(rule, bias, {}, threads);
+        same.select(rule, bias, {}, {threads});
         CHECK(same.same_bits(one));
         Matrix<T> other(333, 64, T(1));
         ops::select_backward<T>(Cpu{threads}, rule, {}, one.routing(),

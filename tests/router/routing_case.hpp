@@ -12,6 +12,8 @@
 namespace reference {
 
 using steelyard::expert_t;
+using steelyard::index_t;
+using steelyard::SelectionRule;
 using steelyard::view;
 
 template <class T>
@@ -57,8 +59,7 @@ struct RoutingCase {
     }
     /// Runs the selection on the logits that are there.
     index_t select(const SelectionRule& rule, const std::vector<float>& bias = {},
-                   const std::vector<std::uint8_t>& mask = {}, int threads = 1) {
-        const steelyard::Cpu device{threads};
+                   const std::vector<std::uint8_t>& mask = {}, steelyard::Cpu device = {}) {
         using ops = steelyard::router_ops<steelyard::Cpu>;
         const steelyard::Bytes scratch(
             ops::scratch_bytes<T>(device, {.tokens = logits.rows, .width = 4, .experts = logits.columns}));

@@ -78,6 +78,11 @@ struct RowMath {
     static T exp(T x) {
         return std::exp(x);
     }
+    /// out[i] += factor exp(row[i] - shift), where no row[i] is above the shift by more than rounding.
+    template <class T>
+    static void add_exp(view<const T, 1> row, T shift, T factor, view<T, 1> out) {
+        for (index_t i = 0; i < row.extents[0]; ++i) out.data[i] += factor * std::exp(row.data[i] - shift);
+    }
     template <class T>
     static T log_sum_exp(view<const T, 1> row) {
         T largest = row.data[0], sum = 0;

@@ -20,9 +20,7 @@ struct ZLoss {
     template <class T, class Math = RowMath>
     void gradient(view<const T, 1> logits, double factor, view<T, 1> dlogits, Math math = {}) const {
         const T lse = math.log_sum_exp(logits);
-        const T scale = static_cast<T>(2.0 * factor) * lse;
-        const index_t experts = logits.extents[0];
-        for (index_t i = 0; i < experts; ++i) dlogits.data[i] += scale * math.exp(logits.data[i] - lse);
+        math.add_exp(logits, lse, static_cast<T>(2.0 * factor) * lse, dlogits);
     }
 
     friend bool operator==(const ZLoss&, const ZLoss&) = default;

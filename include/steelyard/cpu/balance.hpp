@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "steelyard/cpu/kernels.hpp"
 #include "steelyard/cpu/lanes.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/ops/balance_ops.hpp"
@@ -20,6 +21,11 @@ struct RowMath {
     template <class T>
     static T exp(T x) {
         return exp_negative(x);
+    }
+    /// out[i] += factor exp(row[i] - shift), where no row[i] is above the shift by more than rounding.
+    template <class T>
+    static void add_exp(view<const T, 1> row, T shift, T factor, view<T, 1> out) {
+        for (index_t i = 0; i < row.extents[0]; ++i) out.data[i] += factor * exp_negative(row.data[i] - shift);
     }
     template <class T>
     static T log_sum_exp(view<const T, 1> row) {
@@ -41,6 +47,25 @@ private:
         for (; i + row_lanes<T> <= n; i += row_lanes<T>)
             for (index_t l = 0; l < row_lanes<T>; ++l) body(i + l, l);
         for (index_t l = 0; i + l < n; ++l) body(i + l, l);
+    }
+};
+
+/// The same by the kernels of an instruction set, which have it for float.
+template <class Kernels>
+struct KernelMath : RowMath {
+    template <class T>
+    static void add_exp(view<const T, 1> row, T shift, T factor, view<T, 1> out) {
+        if constexpr (sizeof(T) == 4)
+            Kernels::add_exp(row.data, row.extents[0], shift, factor, out.data);
+        else
+            RowMath::add_exp(row, shift, factor, out);
+    }
+    template <class T>
+    static T log_sum_exp(view<const T, 1> row) {
+        if constexpr (sizeof(T) == 4)
+            return Kernels::log_sum_exp(row.data, row.extents[0]);
+        else
+            return RowMath::log_sum_exp(row);
     }
 };
 
@@ -85,13 +110,13 @@ struct balance_ops<Cpu> {
 
     template <class T, Quantity Q>
     static void sum_quantity(const Cpu& device, const Observation<T>& seen, view<double, 2> sums,
-                          view<std::int64_t, 1> own_tokens, std::byte* scratch) {
+                             view<std::int64_t, 1> own_tokens, std::byte* scratch) {
         const index_t experts = seen.experts(), segments = sums.extents[0];
         if (segments == 1) {  // blocks of tokens, then their sums in order
             const index_t parts = blocks(seen.count());
             const view<double, 2> partial(reinterpret_cast<double*>(scratch), parts, experts);  // [blocks, E]
             cpu::parallel_for(device, parts, [&](index_t b, int) {
-                sum_rows<T, Q>(seen, b * block, std::min((b + 1) * block, seen.count()), partial[b]);
+                sum_rows<T, Q>(device, seen, b * block, std::min((b + 1) * block, seen.count()), partial[b]);
             });
             clear(sums);
             for (index_t b = 0; b < parts; ++b)
@@ -101,7 +126,7 @@ struct balance_ops<Cpu> {
         }
         cpu::parallel_for(device, segments, [&](index_t s, int) {
             const auto [begin, end] = bounds(seen, s);
-            sum_rows<T, Q>(seen, begin, end, sums[s]);
+            sum_rows<T, Q>(device, seen, begin, end, sums[s]);
             own_tokens[s] = counted(seen, begin, end);
         });
     }
@@ -132,11 +157,13 @@ struct balance_ops<Cpu> {
                              std::byte* scratch) {
         auto* partial = reinterpret_cast<double*>(scratch);  // [blocks]
         const index_t parts = blocks(seen.count());
-        cpu::parallel_for(device, parts, [&](index_t b, int) {
-            double sum = 0.0;
-            for (index_t t = b * block; t < std::min((b + 1) * block, seen.count()); ++t)
-                if (seen.counts(t)) sum += token_loss(objective, view<const T, 1>(seen.routing.logits[t]));
-            partial[b] = sum;
+        with_math<T>(device, [&](auto math) {
+            cpu::parallel_for(device, parts, [&](index_t b, int) {
+                double sum = 0.0;
+                for (index_t t = b * block; t < std::min((b + 1) * block, seen.count()); ++t)
+                    if (seen.counts(t)) sum += token_loss(objective, view<const T, 1>(seen.routing.logits[t]), math);
+                partial[b] = sum;
+            });
         });
         double sum = 0.0;
         for (index_t b = 0; b < parts; ++b) sum += partial[b];
@@ -146,19 +173,30 @@ struct balance_ops<Cpu> {
     template <class T, class Objective>
     static void add_token_gradient(const Cpu& device, const Observation<T>& seen, const Objective& objective,
                                    double factor, view<T, 2> dlogits) {
-        cpu::parallel_for(device, blocks(seen.count()), [&](index_t b, int) {
-            for (index_t t = b * block; t < std::min((b + 1) * block, seen.count()); ++t)
-                if (seen.counts(t)) {
-                    const view<const T, 1> logits = seen.routing.logits[t];
-                    if constexpr (requires { objective.gradient(logits, factor, dlogits[t], cpu::RowMath{}); })
-                        objective.gradient(logits, factor, dlogits[t], cpu::RowMath{});
-                    else
-                        objective.gradient(logits, factor, dlogits[t]);
-                }
+        with_math<T>(device, [&](auto math) {
+            cpu::parallel_for(device, blocks(seen.count()), [&](index_t b, int) {
+                for (index_t t = b * block; t < std::min((b + 1) * block, seen.count()); ++t)
+                    if (seen.counts(t)) {
+                        const view<const T, 1> logits = seen.routing.logits[t];
+                        if constexpr (requires { objective.gradient(logits, factor, dlogits[t], math); })
+                            objective.gradient(logits, factor, dlogits[t], math);
+                        else
+                            objective.gradient(logits, factor, dlogits[t]);
+                    }
+            });
         });
     }
 
 private:
+    /// body(RowMath of the device).
+    template <class T, class Body>
+    static void with_math(const Cpu& device, Body&& body) {
+        if constexpr (sizeof(T) == 4)
+            cpu::with_kernels(device.isa, [&](auto kernels) { body(cpu::KernelMath<decltype(kernels)>{}); });
+        else
+            body(cpu::RowMath{});
+    }
+
     static index_t blocks(index_t tokens) { return (tokens + block - 1) / block; }
 
     template <class V>
@@ -256,10 +294,10 @@ private:
         return Q == Quantity::probs ? seen.routing.probs : seen.routing.smooth_load;
     }
 
-    template <class T, class Objective>
-    static double token_loss(const Objective& objective, const view<const T, 1>& logits) {
-        if constexpr (requires { objective.loss(logits, cpu::RowMath{}); })
-            return objective.loss(logits, cpu::RowMath{});
+    template <class T, class Objective, class Math>
+    static double token_loss(const Objective& objective, const view<const T, 1>& logits, Math math) {
+        if constexpr (requires { objective.loss(logits, math); })
+            return objective.loss(logits, math);
         else
             return objective.loss(logits);
     }
@@ -273,20 +311,30 @@ private:
 
     /// sums [E] (=) the quantity of the tokens in [begin, end).
     template <class T, Quantity Q>
-    static void sum_rows(const Observation<T>& seen, index_t begin, index_t end, view<double, 1> sums) {
+    static void sum_rows(const Cpu& device, const Observation<T>& seen, index_t begin, index_t end,
+                         view<double, 1> sums) {
         const index_t experts = seen.experts();
-        double* sum = sums.data;
-        std::fill_n(sum, experts, 0.0);
-        for (index_t t = begin; t < end; ++t) {
-            if (!seen.counts(t)) continue;
-            if constexpr (Q == Quantity::gates) {
+        double* const sum = sums.data;
+        if constexpr (Q == Quantity::gates) {
+            std::fill_n(sum, experts, 0.0);
+            for (index_t t = begin; t < end; ++t) {
+                if (!seen.counts(t)) continue;
                 const expert_t* chosen = seen.routing.expert[t].data;
                 for (index_t k = 0; k < seen.top_k(); ++k)
                     if (chosen[k] >= 0) sum[chosen[k]] += static_cast<double>(seen.routing.weight(t, k));
-            } else {
-                const T* row = quantity<Q>(seen)[t].data;
-                for (index_t i = 0; i < experts; ++i) sum[i] += static_cast<double>(row[i]);
             }
+        } else {
+            const T* row[block];
+            const view<T, 2> from = quantity<Q>(seen);
+            bool add = false;
+            do {  // a packed sequence may be longer than a block
+                index_t count = 0;
+                for (; begin < end && count < block; ++begin)
+                    if (seen.counts(begin)) row[count++] = &from(begin, 0);
+                cpu::with_kernels(
+                    device.isa, [&](auto kernels) { kernels.template sum_rows<T>(row, count, experts, add, sum); });
+                add = true;
+            } while (begin < end);
         }
     }
 };

@@ -1,10 +1,11 @@
-// The CPU device: one explicit number of threads.
+// The CPU device: an explicit number of threads, and an instruction set.
 #pragma once
 
 #include <string>
 
 #include "steelyard/core/status.hpp"
 #include "steelyard/core/view.hpp"
+#include "steelyard/cpu/isa.hpp"
 
 namespace steelyard {
 
@@ -14,10 +15,17 @@ namespace steelyard {
 struct Cpu {
     using space = HostSpace;
     int threads = 1;
+    /// What kernels run on; by default the best that the machine has.
+    Isa isa = Isa::automatic;
 
     [[nodiscard]] Status check() const {
-        if (threads >= 1) return {};
-        return Status::refuse(Code::invalid_argument, "device", "threads", "at least 1", std::to_string(threads));
+        if (threads < 1)
+            return Status::refuse(Code::invalid_argument, "device", "threads", "at least 1", std::to_string(threads));
+        if (isa < Isa::automatic || isa > Isa::avx512_dot || !has_isa(isa))
+            return Status::refuse(Code::invalid_argument, "device", "isa", "an instruction set of this machine",
+                                  isa < Isa::automatic || isa > Isa::avx512_dot ? "an unknown one"
+                                                                                : std::string(name_of(isa)));
+        return {};
     }
 
     friend bool operator==(const Cpu&, const Cpu&) = default;

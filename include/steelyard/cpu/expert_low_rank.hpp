@@ -14,6 +14,8 @@ struct LowRankScratch {
     view<T, 2> width;   // [tile_rows, d]
     view<T, 2> hidden;  // [tile_rows, h]
     view<T, 2> low;     // [tile_rows, r]
+    view<T, 2> along;   // [tile_rows, lanes]
+    view<T, 1> weight;  // [tile_rows]
     view<std::byte, 1> gemm;
 
     template <class Field>
@@ -21,6 +23,8 @@ struct LowRankScratch {
         field("width", width, tile_rows, d);
         field("hidden", hidden, tile_rows, h);
         field("low", low, tile_rows, r);
+        field("along", along, tile_rows, row_gap<T>);
+        field("weight", weight, tile_rows);
         field("gemm", gemm, gemm_scratch_bytes<T>());
     }
 };
@@ -99,8 +103,10 @@ struct LowRankKernels {
             forward(input, weights.up[0], updates.up, low.up.slice(begin, end), kept.up.slice(begin, end));
             if (!rows.present()) return;
             const auto inner = own.hidden.slice(0, end - begin);
-            with_function<T>(function, true, [&](const auto& a) {
-                detail::activate_rows(a, FfnKept<const T>{kept.gate, kept.up}, begin, inner);
+            with_kernels(device.isa, [&](auto kernels) {
+                kernels.template activate<T>(function, true, end - begin, inner.extents[1],
+                                             {&kept.gate(begin, 0), &kept.up(begin, 0), kept.up.strides[0]}, inner.data,
+                                             inner.strides[0]);
             });
             forward(inner, weights.down[0], updates.down, own.low.slice(0, end - begin), rows.slice(begin, end));
         });
@@ -141,12 +147,21 @@ struct LowRankKernels {
             const auto dout = detail::gather(plan, dy, begin, end, own.width);
             const auto dinner = own.hidden.slice(0, end - begin);
             backward(dout, weights.down[0], updates.down, low_grad_rows.down, dinner, Write::assign);
-            with_function<T>(function, true, [&](const auto& a) {
+            std::fill_n(own.along.data, own.along.size(), T(0));
+            for (index_t r = begin; r < end; ++r) own.weight[r - begin] = detail::weight_of(plan, weight, r);
+            with_kernels(device.isa, [&](auto kernels) {
+                typename decltype(kernels)::template BackwardOf<T> call{.function = function};
+                call.rows = end - begin;
+                call.weight = own.weight.data;
+                call.kept = {&kept.gate(begin, 0), &kept.up(begin, 0), kept.up.strides[0]};
+                call.grad = {&grad_rows.gate(begin, 0), &grad_rows.up(begin, 0), grad_rows.up.strides[0]};
+                call.inner = &grad_rows.inner(begin, 0);
+                call.along = own.along.data;
+                kernels.activate_backward(call, dinner.extents[1], dinner.data, dinner.strides[0]);
                 for (index_t r = begin; r < end; ++r)
                     detail::add_weight_gradient(
                         plan, dweight, r,
-                        detail::activate_backward(a, kept, r, &dinner(r - begin, 0), detail::weight_of(plan, weight, r),
-                                                  grad_rows));
+                        kernels.sum(own.along.data + (r - begin) * decltype(kernels)::template lanes<T>));
             });
             const auto inner_low = low_grad_rows.inner.slice(begin, end);
             gemm_nt<T>(grad_rows.inner.slice(begin, end), updates.down.a[e], inner_low, Write::assign, own.gemm.data);

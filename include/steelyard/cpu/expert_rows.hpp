@@ -15,11 +15,11 @@
 namespace steelyard::cpu::detail::expert {
 
 /// Most rows of a tile.
-inline constexpr index_t tile_rows = 192;
+inline constexpr index_t tile_rows = 256;
 /// Rows that the weight gradients gather and add at a time: fixed, because it is part of the order of addition.
 inline constexpr index_t gathered_rows = 384;
-/// Rows of a weight that one task of the weight gradients owns.
-inline constexpr index_t weight_block = 192;
+/// Rows of a weight that one task of the weight gradients owns: its other operand is packed once for all of them.
+inline constexpr index_t weight_block = 528;
 
 /// Rows [begin, end) of the grouped order, all of one expert.
 struct RowTile {
@@ -32,7 +32,8 @@ struct Tiling {
     index_t height = tile_rows;
 
     /// Smaller tiles where there would be too few to keep the threads busy.
-    Tiling(const Cpu& device, view<index_t, 1> plan_offsets) : offsets(plan_offsets) {
+    Tiling(const Cpu& device, view<index_t, 1> plan_offsets, index_t most = tile_rows)
+        : offsets(plan_offsets), height(most) {
         while (height > 48 && tiles() < 3 * device.threads) height /= 2;
     }
     [[nodiscard]] index_t tiles() const {
@@ -42,11 +43,9 @@ struct Tiling {
     }
     [[nodiscard]] RowTile tile(index_t index) const {
         for (index_t e = 0;; ++e) {
-            const index_t here = (offsets[e + 1] - offsets[e] + height - 1) / height;
-            if (index < here) {
-                const index_t begin = offsets[e] + index * height;
-                return {e, begin, std::min(begin + height, offsets[e + 1])};
-            }
+            const index_t rows = offsets[e + 1] - offsets[e], here = (rows + height - 1) / height;
+            if (index < here)  // of even height: the last one would be the least efficient otherwise
+                return {e, offsets[e] + rows * index / here, offsets[e] + rows * (index + 1) / here};
             index -= here;
         }
     }
@@ -60,11 +59,12 @@ view<T, 2> columns(view<T, 2> matrix, index_t begin, index_t end) {
     return matrix;
 }
 
-/// panel[r - begin] = from[token of row r], for rows [begin, end) of the plan. Returns the panel.
+/// panel[r - begin] = from[token of row r], for rows [begin, end) of the plan. Returns the panel's part that was written.
 template <class T>
 view<const T, 2> gather(const Plan<>& plan, view<const T, 2> from, index_t begin, index_t end, view<T, 2> panel) {
     const index_t width = from.extents[1], top_k = plan.top_k();
-    const view<T, 2> rows(panel.data, end - begin, width);
+    view<T, 2> rows(panel.data, end - begin, width);
+    rows.strides[0] = panel.strides[0];
     for (index_t r = begin; r < end; ++r)
         std::memcpy(&rows(r - begin, 0), &from(plan.choice[r] / top_k, 0), static_cast<std::size_t>(width) * sizeof(T));
     return rows;
@@ -78,29 +78,6 @@ void linear(view<const T, 2> a, view<const T, 2> b, view<const T, 2> bias, index
     for (index_t i = 0; i < c.extents[0]; ++i)
         std::memcpy(&c(i, 0), &bias(expert, 0), static_cast<std::size_t>(c.extents[1]) * sizeof(T));
     gemm_nt<T>(a, b, c, Write::add, scratch);
-}
-
-/// Calls body(first column, number of columns <= lanes) along a row.
-template <class T, class Body>
-inline void for_lanes(index_t n, Body&& body) {
-    constexpr index_t lanes = Simd<T>::lanes;
-    index_t j = 0;
-    for (; j + lanes <= n; j += lanes) body(j, std::integral_constant<index_t, lanes>{});
-    if (j < n) body(j, n - j);
-}
-
-template <class T>
-inline T sum_lanes(typename Simd<T>::vec v) {
-    T sum = 0;
-    for (int lane = 0; lane < Simd<T>::lanes; ++lane) sum += v[lane];
-    return sum;
-}
-
-template <class T>
-T dot(const T* a, const T* b, index_t n) {
-    typename Simd<T>::vec sum = {};
-    for_lanes<T>(n, [&](index_t j, auto count) { sum += load_first(a + j, count) * load_first(b + j, count); });
-    return sum_lanes<T>(sum);
 }
 
 /// bias[expert][begin + i] += sum over rows of rows[r][i], in order; an absent bias is skipped.

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "steelyard/core/layout.hpp"
-#include "steelyard/cpu/lanes.hpp"
+#include "steelyard/cpu/kernels.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/ops/plan_ops.hpp"
 
@@ -14,8 +14,9 @@ namespace steelyard {
 
 template <>
 struct plan_ops<Cpu> {
-    static constexpr index_t sort_block = 1024;  // fewest tokens of one histogram
-    static constexpr index_t row_block = 64;     // tokens or rows of one task
+    static constexpr index_t sort_block = 1024;                   // fewest tokens of one histogram
+    static constexpr index_t row_block = 64;                      // tokens or rows of one task
+    static constexpr index_t streamed_bytes = index_t{16} << 20;  // from here on rows are written past the caches
 
     static index_t scratch_bytes(const Cpu&, const LayerShape& shape, int) {
         return bytes_of<Histograms>(sort_blocks(shape.tokens), shape.experts);
@@ -67,46 +68,37 @@ struct plan_ops<Cpu> {
 
     template <class T>
     static void dispatch(const Cpu& device, const Plan<>& plan, view<const T, 2> x, view<T, 2> rows) {
-        const index_t filled = plan.offsets(plan.experts()), top_k = plan.top_k(), width = x.extents[1];
+        const index_t filled = plan.offsets(plan.experts());
+        const bool past_caches = streams<T>(x.extents[0] + filled, x.extents[1]);
         cpu::parallel_for(device, tasks_of(filled), [&](index_t task, int) {
-            for (index_t r = task * row_block; r < std::min(filled, (task + 1) * row_block); ++r)
-                std::copy_n(&x(plan.choice(r) / top_k, 0), width, &rows(r, 0));
+            cpu::with_kernels(device.isa, [&](auto kernels) {
+                kernels.template dispatch<T>(plan, x, rows, past_caches, task * row_block, end_of(task, filled));
+            });
         });
     }
 
     template <class T>
     static void combine(const Cpu& device, const Plan<>& plan, view<const T, 2> rows, view<const T, 2> weight,
                         view<T, 2> y, Write write = Write::assign) {
-        const index_t tokens = y.extents[0], top_k = plan.top_k(), width = y.extents[1];
+        const index_t tokens = y.extents[0];
+        const bool past_caches =
+            write == Write::assign && streams<T>(tokens + plan.offsets(plan.experts()), y.extents[1]);
         cpu::parallel_for(device, tasks_of(tokens), [&](index_t task, int) {
-            for (index_t t = task * row_block; t < std::min(tokens, (task + 1) * row_block); ++t) {
-                T* const out = &y(t, 0);
-                bool first = write == Write::assign;
-                for (index_t k = 0; k < top_k; ++k) {
-                    const std::int32_t r = plan.row(t, k);
-                    if (r < 0) continue;
-                    const T* const row = &rows(r, 0);
-                    const T w = weight.present() ? weight(t, k) : T(1);
-                    if (first)
-                        for (index_t j = 0; j < width; ++j) out[j] = w * row[j];
-                    else
-                        for (index_t j = 0; j < width; ++j) out[j] += w * row[j];
-                    first = false;
-                }
-                if (first) std::fill(out, out + width, T(0));
-            }
+            cpu::with_kernels(device.isa, [&](auto kernels) {
+                kernels.template combine<T>(plan, rows, weight, y, write == Write::add, past_caches, task * row_block,
+                                            end_of(task, tokens));
+            });
         });
     }
 
     template <class T>
     static void combine_backward(const Cpu& device, const Plan<>& plan, view<const T, 2> rows, view<const T, 2> dy,
                                  view<T, 2> dweight) {
-        const index_t tokens = dy.extents[0], top_k = plan.top_k(), width = dy.extents[1];
+        const index_t tokens = dy.extents[0];
         cpu::parallel_for(device, tasks_of(tokens), [&](index_t task, int) {
-            for (index_t t = task * row_block; t < std::min(tokens, (task + 1) * row_block); ++t)
-                for (index_t k = 0; k < top_k; ++k)
-                    if (const std::int32_t r = plan.row(t, k); r >= 0)
-                        dweight(t, k) += cpu::row_dot(&dy(t, 0), &rows(r, 0), width);
+            cpu::with_kernels(device.isa, [&](auto kernels) {
+                kernels.template combine_backward<T>(plan, rows, dy, dweight, task * row_block, end_of(task, tokens));
+            });
         });
     }
 
@@ -123,6 +115,13 @@ private:
     /// Blocks of at least `sort_block` tokens, few enough for the prefix sum to cost little.
     static index_t sort_blocks(index_t tokens) { return std::min<index_t>((tokens + sort_block - 1) / sort_block, 64); }
     static index_t tasks_of(index_t items) { return (items + row_block - 1) / row_block; }
+    static index_t end_of(index_t task, index_t items) { return std::min(items, (task + 1) * row_block); }
+
+    /// Whether so many rows, read or written, are more than the caches will keep until somebody reads them.
+    template <class T>
+    static bool streams(index_t rows, index_t columns) {
+        return rows * columns * static_cast<index_t>(sizeof(T)) >= streamed_bytes;
+    }
 };
 
 }  // namespace steelyard

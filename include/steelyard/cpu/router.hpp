@@ -2,11 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
 #include "steelyard/core/layout.hpp"
 #include "steelyard/cpu/gemm.hpp"
+#include "steelyard/cpu/kernels.hpp"
 #include "steelyard/cpu/lowest_index.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/cpu/router_token.hpp"
@@ -35,11 +37,11 @@ inline index_t tasks_of(index_t items, index_t block) { return (items + block - 
 template <>
 struct router_ops<Cpu> {
     // Fixed cuts of the work: they never depend on the number of threads.
-    static constexpr index_t select_block = 64;   // tokens
-    static constexpr index_t logits_block = 192;  // tokens: what one product packs at once
-    static constexpr index_t width_block = 128;   // columns of x, in the gradient of the weights
-    static constexpr index_t expert_block = 128;  // experts, in the gradient of the weights
-    static constexpr index_t token_block = 256;   // tokens brought into it at once, one block after the other
+    static constexpr index_t select_block = cpu::select_block;  // tokens
+    static constexpr index_t logits_block = 192;                // tokens: what one product packs at once
+    static constexpr index_t width_block = 128;                 // columns of x, in the gradient of the weights
+    static constexpr index_t expert_block = 128;                // experts, in the gradient of the weights
+    static constexpr index_t token_block = 256;  // tokens brought into it at once, one block after the other
 
     template <class T>
     static index_t scratch_bytes(const Cpu& device, const LayerShape& shape) {
@@ -98,24 +100,24 @@ struct router_ops<Cpu> {
     template <class T>
     static index_t select(const Cpu& device, const SelectionRule& rule, view<const float, 1> bias,
                           view<const std::uint8_t, 1> mask, const Routing<T>& routing, std::byte* scratch) {
-        return each_token<T>(device, mask, routing, scratch,
-                             [&](const auto& rows, const T* logits, T* probs, expert_t* expert, T* weight) {
-                                 return cpu::detail::select_token<T>(rule, bias.data, routing.logits.extents[1], rows,
-                                                                     logits, probs, expert, weight);
-                             });
+        return each_block(device, cpu::SelectCall<T>{rule, bias, mask, routing, true}, scratch,
+                          [&](const auto& rows, const T* logits, T* probs, expert_t* expert, T* weight) {
+                              return cpu::detail::select_token<T>(rule, bias.data, routing.logits.extents[1], rows,
+                                                                  logits, probs, expert, weight);
+                          });
     }
 
     template <class T>
     static index_t weigh(const Cpu& device, const SelectionRule& rule, view<const std::uint8_t, 1> mask,
                          const Routing<T>& routing, std::byte* scratch) {
         const index_t top_k = routing.expert.extents[1];
-        return each_token<T>(device, mask, routing, scratch,
-                             [&](const auto& rows, const T* logits, T* probs, const expert_t* expert, T* weight) {
-                                 const bool finite = cpu::detail::score_token<T>(rule, routing.logits.extents[1], rows,
-                                                                                 logits, probs);
-                                 cpu::detail::weigh_token<T>(rule, rows, logits, probs, expert, top_k, weight);
-                                 return finite;
-                             });
+        return each_block(device, cpu::SelectCall<T>{rule, {}, mask, routing, false}, scratch,
+                          [&](const auto& rows, const T* logits, T* probs, const expert_t* expert, T* weight) {
+                              const bool finite =
+                                  cpu::detail::score_token<T>(rule, routing.logits.extents[1], rows, logits, probs);
+                              cpu::detail::weigh_token<T>(rule, rows, logits, probs, expert, top_k, weight);
+                              return finite;
+                          });
     }
 
     template <class T>
@@ -134,49 +136,28 @@ struct router_ops<Cpu> {
         });
     }
 
-private:
-    /// Calls body(rows, logits, probs, expert, weight) for each valid token and empties the rows of the others. Returns
-    /// the first token for which the body said false, or -1.
-    template <class T, class Body>
-    static index_t each_token(const Cpu& device, view<const std::uint8_t, 1> mask, const Routing<T>& routing,
-                              std::byte* scratch, Body&& body) {
-        const index_t tokens = routing.logits.extents[0], experts = routing.logits.extents[1];
-        const index_t top_k = routing.expert.extents[1];
-        const index_t row_bytes = bytes_of<cpu::detail::SelectRows<T>>(experts);
-        cpu::LowestIndex first_bad;
-        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int thread) {
-            const auto rows = place<cpu::detail::SelectRows<T>>(scratch + thread * row_bytes, experts);
-            for (index_t t = task * select_block; t < std::min(tokens, (task + 1) * select_block); ++t) {
-                T* const probs = &routing.probs(t, 0);
-                expert_t* const expert = &routing.expert(t, 0);
-                T* const weight = &routing.weight(t, 0);
-                if (mask.present() && mask[t] == 0) {
-                    std::fill(probs, probs + experts, T(0));
-                    std::fill(expert, expert + top_k, expert_t{-1});
-                    std::fill(weight, weight + top_k, T(0));
-                } else if (!body(rows, &routing.logits(t, 0), probs, expert, weight)) {
-                    first_bad.report(t);
-                }
-            }
-        });
-        return first_bad.get();
-    }
-
-public:
     template <class T>
     static void select_backward(const Cpu& device, const SelectionRule& rule, view<const std::uint8_t, 1> mask,
                                 const Routing<T>& routing, const RoutingGrad<T>& grad) {
         const index_t tokens = routing.logits.extents[0], experts = routing.logits.extents[1];
+        [[maybe_unused]] const cpu::SelectCall<T> call{rule, {}, mask, routing, false};
         cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int) {
-            for (index_t t = task * select_block; t < std::min(tokens, (task + 1) * select_block); ++t) {
-                T* const out = &grad.logits(t, 0);
-                if (mask.present() && mask[t] == 0)
-                    std::fill(out, out + experts, T(0));
-                else
-                    cpu::detail::token_backward<T>(rule, experts, routing.expert.extents[1], &routing.logits(t, 0), &routing.probs(t, 0),
-                                                   &routing.expert(t, 0), &routing.weight(t, 0),
-                                                   grad.weight.present() ? &grad.weight(t, 0) : nullptr,
-                                                   grad.probs.present() ? &grad.probs(t, 0) : nullptr, out);
+            const index_t begin = task * select_block, end = std::min(tokens, begin + select_block);
+            if constexpr (sizeof(T) == 4) {
+                cpu::with_kernels(
+                    device.isa, [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
+            } else {
+                for (index_t t = begin; t < end; ++t) {
+                    T* const out = &grad.logits(t, 0);
+                    if (mask.present() && mask[t] == 0)
+                        std::fill(out, out + experts, T(0));
+                    else
+                        cpu::detail::token_backward<T>(rule, experts, routing.expert.extents[1], &routing.logits(t, 0),
+                                                       &routing.probs(t, 0), &routing.expert(t, 0),
+                                                       &routing.weight(t, 0),
+                                                       grad.weight.present() ? &grad.weight(t, 0) : nullptr,
+                                                       grad.probs.present() ? &grad.probs(t, 0) : nullptr, out);
+                }
             }
         });
     }
@@ -191,9 +172,61 @@ public:
 
 private:
     template <class T>
+    static index_t select_bytes(index_t experts) {
+        return bytes_of<cpu::detail::SelectRows<T>>(experts) + bytes_of<cpu::SelectColumns<T>>(experts);
+    }
+
+    /// Blocks of tokens by the kernels; by token(rows, logits, probs, expert, weight) whoever has more choices than
+    /// registers hold, and rows that are not finite, whose experts come from integers. Returns the first valid token
+    /// whose logits are not all finite, or -1.
+    template <class T, class Token>
+    static index_t each_block(const Cpu& device, const cpu::SelectCall<T>& call, std::byte* scratch, Token&& token) {
+        const Routing<T>& routing = call.routing;
+        const index_t tokens = routing.logits.extents[0], experts = routing.logits.extents[1];
+        const index_t top_k = routing.expert.extents[1], own_bytes = select_bytes<T>(experts);
+        const bool by_block = sizeof(T) == 4 && top_k <= cpu::select_choices && finite(call.bias);
+        cpu::LowestIndex first_bad;
+        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int thread) {
+            std::byte* const own = scratch + thread * own_bytes;
+            const index_t begin = task * select_block, end = std::min(tokens, begin + select_block);
+            std::uint64_t left = ~std::uint64_t{0};
+            if constexpr (sizeof(T) == 4)
+                if (by_block) {
+                    const auto columns = place<cpu::SelectColumns<T>>(own, experts);
+                    left = cpu::with_kernels(device.isa, [&](auto kernels) {
+                        return kernels.template select<T>(call, begin, end, columns);
+                    });
+                }
+            if (left == 0) return;
+            const auto rows =
+                place<cpu::detail::SelectRows<T>>(own + bytes_of<cpu::SelectColumns<T>>(experts), experts);
+            for (index_t t = begin; t < end; ++t) {
+                if ((left >> (t - begin) & 1) == 0) continue;
+                T* const probs = &routing.probs(t, 0);
+                expert_t* const expert = &routing.expert(t, 0);
+                T* const weight = &routing.weight(t, 0);
+                if (call.mask.present() && call.mask[t] == 0) {
+                    std::fill(probs, probs + experts, T(0));
+                    std::fill(expert, expert + top_k, expert_t{-1});
+                    std::fill(weight, weight + top_k, T(0));
+                } else if (!token(rows, &routing.logits(t, 0), probs, expert, weight)) {
+                    first_bad.report(t);
+                }
+            }
+        });
+        return first_bad.get();
+    }
+
+    static bool finite(const view<const float, 1>& bias) {
+        for (index_t e = 0; bias.present() && e < bias.extents[0]; ++e)
+            if (!std::isfinite(bias[e])) return false;
+        return true;
+    }
+
+    template <class T>
     static index_t thread_bytes(index_t width, index_t experts) {
         const index_t block = std::max(logits_block * width, token_block * width_block);
-        return std::max(bytes_of<cpu::detail::SelectRows<T>>(experts),
+        return std::max(select_bytes<T>(experts),
                         align(cpu::gemm_scratch_bytes<T>()) + align(block * static_cast<index_t>(sizeof(T))));
     }
     static constexpr index_t align(index_t bytes) {

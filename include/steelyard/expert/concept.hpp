@@ -10,6 +10,13 @@
 
 namespace steelyard {
 
+/// Whether forward of X can do without `kept`.
+template <class X>
+[[nodiscard]] constexpr bool kept_is_optional() {
+    if constexpr (requires { X::kept_is_optional; }) return X::kept_is_optional;
+    return false;
+}
+
 namespace detail::expert {
 
 /// A device in name only, so that an expert can be checked against the concept without one.
@@ -54,7 +61,8 @@ concept HasBundles = requires(const X& expert, const LayerShape& shape, index_t 
 ///    `layout_alignment`, and keeps nothing between calls.
 /// 5. `forward<T>(device, params, x[T,d], plan, kept (=), rows[N,d] (=) or absent, scratch)` writes
 ///    rows[r] = f_e(x[t]) without the combine weight, e being the expert of row r. With `rows` absent it only fills
-///    `kept`, with the same bits: this is how activations are recomputed.
+///    `kept`, with the same bits: this is how activations are recomputed. An expert that says
+///    `static constexpr bool kept_is_optional = true` may be given absent `kept` views, where no backward follows.
 /// 6. `backward<T>(device, params, x, plan, kept, weight[T,K] or absent, dy[T,d], work, drows[N,d] (=),
 ///    dweight[T,K] (+=) or absent, grads (+=), scratch)` gets what `forward` kept with the same arguments. With
 ///    w = weight[t,k], or 1 where weights are absent:

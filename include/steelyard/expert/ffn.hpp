@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -51,6 +53,8 @@ inline Status check_function(std::string_view stage, const ClampedSwish& clamp) 
 /// Kept: m - 1 times h elements a row.
 template <class Form>
 struct FeedForward {
+    static constexpr bool kept_is_optional = true;
+
     /// h: the inner width, at least 1.
     index_t hidden = 0;
     typename Form::Function activation = Form::default_function;
@@ -65,6 +69,8 @@ struct FeedForward {
         view<T, 2, Space> up_bias = {};    // [E, h], or [0, h]
         view<T, 2, Space> down_bias = {};  // [E, d], or [0, d]
         view<T, 2, Space> gate_bias = {};  // [E, h]     where gated, or [0, h]
+        /// No parameter: a copy of the matrices that `pack` made, which forward reads instead of them, or absent.
+        view<const std::byte, 1, Space> packed = {};
 
         template <class Field>
         void fields(Field&& field, const FeedForward& expert, const LayerShape& shape) {
@@ -116,6 +122,48 @@ struct FeedForward {
         return expert_ops<Device>::template scratch_bytes<T>(device, shape.width, hidden);
     }
 
+    /// Bytes of a packed copy of the weights. Pure.
+    template <class T, class Device>
+    [[nodiscard]] index_t packed_bytes(const Device& device, const LayerShape& shape,
+                                       PackedFormat format = PackedFormat::full,
+                                       PackedFor purpose = PackedFor::inference) const {
+        return expert_ops<Device>::template ffn_packed_bytes<T>(device, format, purpose, shape.experts, shape.width,
+                                                                hidden, Form::gated);
+    }
+
+    /// Writes (=) the copy of the matrices that `Params::packed` takes: in the order in which they are read, which saves
+    /// the packing in every call, and in fewer bits if asked. To be made again whenever the weights have changed. Without
+    /// it forward and backward give the same bits as with PackedFormat::full, slower. Biases are not part of it; other
+    /// formats are for inference, and backward goes through the matrices themselves where it has no panels of its own.
+    template <class T, class Device, class Space = typename Device::space>
+    Status pack(const Device& device, const LayerShape& shape, const Params<const T, Space>& params,
+                std::span<std::byte> packed, PackedFormat format = PackedFormat::full,
+                PackedFor purpose = PackedFor::inference) const {
+        if (format != PackedFormat::full && (purpose == PackedFor::training || sizeof(T) != sizeof(float)))
+            return Status::refuse(Code::invalid_argument, "expert.pack", "format",
+                                  "PackedFormat::full for training, and for elements other than float", "another");
+        if (Status s = check_block("expert.pack", "packed", packed, packed_bytes<T>(device, shape, format, purpose)); !s)
+            return s;
+        Params<const T, Space> matrices = params;
+        if (Status s = check_bundle("expert.pack", "params", Absent::refused, matrices, *this, shape); !s) return s;
+        expert_ops<Device>::template ffn_pack<T>(device, format, purpose, weights<const T>(params), packed.data());
+        return {};
+    }
+
+    /// Whether `params` may stand without its matrices, for it brings a packed copy.
+    template <class T, class Space>
+    [[nodiscard]] static bool is_packed(const Params<T, Space>& params) {
+        return params.packed.present();
+    }
+    /// Refuses a packed copy that belongs to other sizes or another device.
+    template <class T, class Device, class Space = typename Device::space>
+    [[nodiscard]] Status check_packed(const Device& device, std::string_view stage, const LayerShape& shape,
+                                      const Params<const T, Space>& params) const {
+        if (!params.packed.present()) return {};
+        return expert_ops<Device>::template ffn_check_packed<T>(device, stage, params.packed, shape.experts,
+                                                                shape.width, hidden, Form::gated);
+    }
+
     template <class T, class Device, class Space = typename Device::space>
     void forward(const Device& device, const Params<const T, Space>& params,
                  std::type_identity_t<view<const T, 2, Space>> x,      // [T, d]
@@ -151,6 +199,7 @@ private:
         if (params.up_bias.size() != 0) w.up_bias = params.up_bias;
         if (params.down_bias.size() != 0) w.down_bias = params.down_bias;
         if (params.gate_bias.size() != 0) w.gate_bias = params.gate_bias;
+        w.packed = params.packed;
         return w;
     }
 };

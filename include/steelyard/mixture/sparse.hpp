@@ -125,8 +125,12 @@ public:
                                                  context.admitted_weight.slice(0, call.tokens()));
         const auto grouped = plan(context, call.tokens());
         Plans::make_plan(config_.device, view<const expert_t, 2, Space>(choices), grouped, call.scratch);
-        config_.expert.template forward<T>(config_.device, call.experts, call.input.x, grouped,
-                                           Types::keeps ? context.kept : workspace.kept, workspace.rows, call.scratch);
+        auto kept = Types::keeps ? context.kept : workspace.kept;
+        // What no backward will read need not be written: it is more than the layer's input and output together.
+        if constexpr (kept_is_optional<typename Types::Expert>())
+            if (!Types::keeps || call.input.tokens.mode == Mode::evaluate) kept = {};
+        config_.expert.template forward<T>(config_.device, call.experts, call.input.x, grouped, kept, workspace.rows,
+                                           call.scratch);
     }
 
     void combine(const Call& call, const Context& context, const Workspace& workspace, view<T, 2, Space> y,  // [T, d]

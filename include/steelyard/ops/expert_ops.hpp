@@ -1,7 +1,10 @@
 // What a device computes inside experts: grouped feed-forward networks and linear maps, forward and backward.
 #pragma once
 
+#include <cstddef>
+
 #include "steelyard/core/routing.hpp"
+#include "steelyard/core/status.hpp"
 
 namespace steelyard {
 
@@ -50,6 +53,20 @@ struct FfnFunction {
     }
 };
 
+/// Elements of packed weights.
+///
+///     full   the layer's own: the results of forward have the same bits as without packing
+///     bf16   rounded to bfloat16, and so are the rows that meet them; products are added in float
+///     int8   rounded to 8 bits, with a float scale for each output column and group of 128 inputs; rows are rounded in
+///            the same way as they come, sums are exact within a group and float beyond
+///
+/// Sizes of a weight: 4 (float), 2 and 1.03 bytes.
+enum class PackedFormat { full, bf16, int8 };
+
+/// What a packed copy is made for: forward alone, or backward too, which reads the matrices in another order and takes as
+/// much memory again.
+enum class PackedFor { inference, training };
+
 /// Weights of feed-forward experts: down(a(up x + b_up)) + b_down, or, where `gate` is present,
 /// down(a(gate x + b_gate, up x + b_up)) + b_down, a being an FfnFunction. Biases may be absent. The same bundle
 /// with non-const T holds gradients.
@@ -61,6 +78,8 @@ struct FfnWeights {
     view<T, 2, Space> up_bias;         // [E, h]
     view<T, 2, Space> down_bias;       // [E, d]
     view<T, 2, Space> gate_bias = {};  // [E, h]
+    /// A packed copy that is read instead of the matrices, which may then be absent if it serves; or absent.
+    view<const std::byte, 1, Space> packed = {};
 };
 
 /// Pre-activations of the grouped rows: what backward needs beside x, kept or recomputed.
@@ -137,6 +156,12 @@ struct BlendWeights {
 ///      computed as <down^T dy[t], act> + <dy[t], b_down>, so that no output is kept. drows is the gradient of the
 ///      gathered input row, to be brought together by plan_ops::combine with absent weights. `grads` members that
 ///      are absent are skipped (frozen weights).
+///  index_t ffn_packed_bytes<T>(device, format, purpose, experts, width, hidden, gated)
+///  void ffn_pack<T>(device, format, purpose, weights, packed (=))
+///      A copy of the weights (not of the biases) in the order in which they are read. Pure; aligned to
+///      `layout_alignment`. It is tied to the device it was made for.
+///  Status ffn_check_packed<T>(device, stage, packed, experts, width, hidden, gated)
+///      Refuses what ffn_pack did not make for this device and these sizes.
 ///
 ///  index_t low_rank_scratch_bytes<T>(device, width, hidden, rank)
 ///  void low_rank_forward<T>(device, function, weights, updates, factor, x, plan, kept (=), low (=), rows (=) or

@@ -1,10 +1,4 @@
 // What stands between the matrices of a feed-forward expert, a vector at a time.
-#pragma once
-
-#include "steelyard/cpu/activation.hpp"
-
-namespace steelyard::cpu {
-
 /// The activation a, and the gradients of the pre-activations from `da`.
 template <class T>
 struct FfnGradient {
@@ -82,5 +76,3 @@ inline void with_function(const FfnFunction& function, bool gated, Body&& body) 
             body(PlainFunction<A, T>{static_cast<T>(function.factor)});
     });
 }
-
-}  // namespace steelyard::cpu

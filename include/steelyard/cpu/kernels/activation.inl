@@ -1,24 +1,15 @@
-// Activations and their derivatives, a vector at a time.
+// Activations and their derivatives, a vector at a time. Always inline: what a caller doesn't use is not computed, and no vector goes
+// through memory.
 //
 // Every element goes through the same vector code, whatever its place in a row (the last lanes are padded), so a
 // result depends on its input alone. The C library's exp is not vectorised and would take longer than the products.
-#pragma once
-
-#include <cmath>
-
-#include "steelyard/cpu/lanes.hpp"
-#include "steelyard/cpu/vector.hpp"
-#include "steelyard/ops/expert_ops.hpp"
-
-namespace steelyard::cpu {
-
 /// exp(x) for x <= 0, to about one unit in the last place; 0 where that would not be a normal number.
 /// The twin of exp_negative (lanes.hpp) for explicit vectors.
 ///
 /// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its Taylor series, whose first left out term is below the
 /// rounding (r^8/8! < 6e-9, r^14/14! < 5e-18); 2^n through the exponent's bits.
 template <class T>
-inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
+[[gnu::always_inline]] inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
     using vec = typename Simd<T>::vec;
     using bits = typename Simd<T>::bits;
     constexpr bool single = sizeof(T) == 4;
@@ -29,7 +20,7 @@ inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
     constexpr T ln2_high = single ? T(0.693359375) : T(0x1.62e4p-1);
     constexpr T ln2_low = T(0.69314718055994530941723212145818L - static_cast<long double>(ln2_high));
     constexpr T lowest = single ? T(-87) : T(-708);
-    static constexpr auto inverse_factorials = detail::inverse_factorials<T, degree + 1>();
+    static constexpr auto inverse_factorials = cpu::detail::inverse_factorials<T, degree + 1>();
 
     const vec shifted = x * T(1.44269504088896340736) + round;
     const vec n = shifted - round;
@@ -46,7 +37,7 @@ inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
 
 /// 1 / (1 + exp(-x)), without overflow on either side.
 template <class T>
-inline typename Simd<T>::vec logistic(typename Simd<T>::vec x) {
+[[gnu::always_inline]] inline typename Simd<T>::vec logistic(typename Simd<T>::vec x) {
     using vec = typename Simd<T>::vec;
     const vec one = vec{} + T(1);
     const vec small = exp_nonpositive<T>(x < vec{} ? x : -x);
@@ -69,14 +60,14 @@ struct ValueAndSlope {
 
 /// x sigmoid(alpha x) and its derivative.
 template <class T>
-inline ValueAndSlope<T> swish(typename Simd<T>::vec x, T alpha) {
+[[gnu::always_inline]] inline ValueAndSlope<T> swish(typename Simd<T>::vec x, T alpha) {
     const auto one = typename Simd<T>::vec{} + T(1);
     const auto s = logistic<T>(x * alpha);
     return {x * s, s * (one + x * alpha * (one - s))};
 }
 
 template <Activation A, class T>
-inline ValueAndSlope<T> activate(typename Simd<T>::vec x) {
+[[gnu::always_inline]] inline ValueAndSlope<T> activate(typename Simd<T>::vec x) {
     using vec = typename Simd<T>::vec;
     const vec zero = {}, one = zero + T(1);
     if constexpr (A == Activation::identity) {
@@ -121,5 +112,3 @@ inline void with_activation(Activation activation, Body&& body) {
             return body.template operator()<Activation::gelu_tanh>();
     }
 }
-
-}  // namespace steelyard::cpu

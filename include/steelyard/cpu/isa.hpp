@@ -1,0 +1,62 @@
+// Instruction sets of the CPU device: which ones there are, and which one this machine takes.
+#pragma once
+
+#include <string_view>
+
+namespace steelyard {
+
+/// An instruction set that kernels are compiled for. Each includes those before it on its architecture.
+///
+///     automatic   the best that the machine has
+///     compiled    what the compiler was told of (-march=...): NEON on AArch64, SSE2 on x86-64 by default
+///     avx2        AVX2 and FMA: x86-64-v3, Haswell and Zen and later
+///     avx512      AVX-512 F, BW, DQ, VL: x86-64-v4, Skylake-X and Zen 4 and later
+///     avx512_dot  and its dot products of bf16 and int8 (BF16, VNNI): Sapphire Rapids and Zen 4 and later
+///
+/// An instruction set that the compiler was told of anyway is `compiled`; asking for one below it gives `compiled` too.
+/// Bits of results differ from one to another, as between compilers.
+enum class Isa { automatic, compiled, avx2, avx512, avx512_dot };
+
+[[nodiscard]] constexpr std::string_view name_of(Isa isa) {
+    constexpr std::string_view names[] = {"automatic", "compiled", "avx2", "avx512", "avx512_dot"};
+    return names[static_cast<int>(isa)];
+}
+
+/// What the compiler was told of.
+inline constexpr Isa compiled_isa =
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && \
+    defined(__AVX512DQ__)
+    Isa::avx512_dot;
+#elif defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+    Isa::avx512;
+#elif defined(__AVX2__) && defined(__FMA__)
+    Isa::avx2;
+#else
+    Isa::compiled;
+#endif
+
+/// Whether this machine can run it.
+[[nodiscard]] inline bool has_isa([[maybe_unused]] Isa isa) {
+    if (isa <= Isa::compiled || isa <= compiled_isa) return true;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool dot = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    return isa == Isa::avx2 ? avx2 : isa == Isa::avx512 ? avx512 : dot;
+#else
+    return false;
+#endif
+}
+
+/// The instruction set that kernels run on when `isa` is asked for.
+[[nodiscard]] inline Isa resolve_isa(Isa isa) {
+    static const Isa best = has_isa(Isa::avx512_dot) ? Isa::avx512_dot
+                            : has_isa(Isa::avx512)   ? Isa::avx512
+                            : has_isa(Isa::avx2)     ? Isa::avx2
+                                                     : Isa::compiled;
+    if (isa == Isa::automatic) isa = best;
+    return isa <= compiled_isa ? Isa::compiled : isa;
+}
+
+}  // namespace steelyard

@@ -1,0 +1,95 @@
+// The kernels of the CPU device, compiled once for each instruction set, and the choice between them at run time.
+//
+// The files kernels/*.inl are the one source of all of them. They are read once for each instruction set, in a namespace
+// of its own, with the compiler told to use it; only there is code whose speed depends on the width of a register. So
+// translation units with different -march don't share the name of a kernel, and a program compiled for any x86-64
+// runs at the speed of the machine that it is on. An instruction set that the compiler was told of anyway, or one below,
+// is not compiled again. STEELYARD_CPU_COMPILED_ONLY leaves all others out: for a program that is built where it
+// runs, and compiles faster.
+//
+// Kernels are static functions of `Kernels`, and know no thread: with_kernels(isa, [&](auto kernels) { ... }).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "steelyard/core/view.hpp"
+#include "steelyard/cpu/isa.hpp"
+#include "steelyard/cpu/lanes.hpp"
+#include "steelyard/cpu/router_call.hpp"
+#include "steelyard/ops/expert_ops.hpp"
+
+namespace steelyard::cpu {
+
+/// Inputs that share a scale with each output column, in weights of 8 bits.
+inline constexpr index_t int8_group = 128;
+
+/// The kernels for what the compiler was told of. A namespace for each width, so that two units never mean two things.
+#if defined(__AVX512F__)
+inline namespace compiled_avx512 {
+inline constexpr int vector_bytes = 64, vector_registers = 32;
+#elif defined(__AVX__)
+inline namespace compiled_avx {
+inline constexpr int vector_bytes = 32, vector_registers = 16;
+#elif defined(__aarch64__)
+inline namespace compiled_neon {
+inline constexpr int vector_bytes = 16, vector_registers = 32;
+#else
+inline namespace compiled_plain {
+inline constexpr int vector_bytes = 16, vector_registers = 16;
+#endif
+inline constexpr Isa kernel_isa = compiled_isa;
+#include "steelyard/cpu/kernels/all.inl"
+}
+
+#if defined(__x86_64__) && !defined(STEELYARD_CPU_COMPILED_ONLY)
+#define STEELYARD_CPU_DISPATCHES 1
+#endif
+
+}  // namespace steelyard::cpu
+
+#if defined(STEELYARD_CPU_DISPATCHES)
+#include "steelyard/cpu/kernels/x86.inl"
+#endif
+
+namespace steelyard::cpu {
+
+/// Elements of the room that panels are packed into, for the widest registers.
+template <class T>
+inline constexpr index_t widest_pack_room = pack_room<T> / vector_bytes * 64;
+
+/// Calls body(Kernels) with the kernels of an instruction set, or of the best one that the machine has, for the elements
+/// that a layer computes with. Dot products of fewer bits are no use to them: one instruction set fewer to compile for.
+template <class Body>
+decltype(auto) with_kernels([[maybe_unused]] Isa isa, Body&& body) {
+#if defined(STEELYARD_CPU_DISPATCHES)
+    switch (resolve_isa(isa)) {
+        case Isa::avx2:
+            return body(avx2::Kernels{});
+        case Isa::avx512:
+        case Isa::avx512_dot:
+            return body(avx512::Kernels{});
+        default:
+            break;
+    }
+#endif
+    return body(Kernels{});
+}
+
+/// The same for bf16 and int8.
+template <class Body>
+decltype(auto) with_dot_kernels(Isa isa, Body&& body) {
+#if defined(STEELYARD_CPU_DISPATCHES)
+    if (resolve_isa(isa) == Isa::avx512_dot) return body(avx512_dot::Kernels{});
+#endif
+    return with_kernels(isa, std::forward<Body>(body));
+}
+
+}  // namespace steelyard::cpu

@@ -1,0 +1,307 @@
+// Rows of one feed-forward expert, forward and backward, a block of columns at a time: what a product leaves in the
+// first-level cache goes through the activation there.
+
+/// The pre-activations of some rows.
+template <class T>
+struct FfnRows {
+    T* gate = nullptr;  // [rows, h], where gated
+    T* up = nullptr;    // [rows, h]
+    index_t stride = 0;
+};
+
+template <class T>
+struct FfnForward {
+    FfnFunction function = Activation::relu;
+    index_t rows = 0;
+    const T* x = nullptr;  // [rows, d]
+    index_t x_row = 0;
+    Right<T> hidden = {};                                        // [d, h]: gate and up paired, or up alone
+    Right<T> down = {};                                        // [h, d]
+    const T *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // [h], [h], [d], or null
+    FfnRows<T> kept = {};                                        // (=), or null
+    bool kept_past_caches = false;                               // kept is too much to be found in a cache again
+    T* inner = nullptr;                                        // [rows, columns of one ffn_hidden] (=)
+    index_t inner_row = 0;
+    T* out = nullptr;                                          // [rows, d] (=), or null
+    index_t out_row = 0;
+    T* block = nullptr;                                        // block_elements(rows)
+    T* room = nullptr;                                         // pack_room elements
+};
+
+/// Elements of the block that holds a panel's columns of all rows.
+template <class T>
+[[nodiscard]] constexpr index_t block_elements(index_t rows) {
+    return std::max<index_t>(rows, 8) * panel_width<T>;
+}
+
+namespace part {
+
+/// block[r][j] = bias[j], or nothing where there is none. Whether there is one.
+template <class T>
+bool start_with_bias(const FfnForward<T>& call, index_t panel, index_t count, T* block) {
+    if (call.up_bias == nullptr) return false;
+    constexpr index_t lanes = Simd<T>::lanes;
+    const index_t vectors = panel_vectors * count;
+    for (index_t v = 0; v < vectors; ++v) {
+        const index_t j = call.hidden.paired ? (panel + v / 2) * lanes : (panel * panel_vectors + v) * lanes;
+        const T* const bias = call.hidden.paired && v % 2 == 0 ? call.gate_bias : call.up_bias;
+        const index_t here = std::clamp<index_t>(call.hidden.columns - j, 0, lanes);
+        const auto values = load_first(bias + (here > 0 ? j : 0), here);
+        for (index_t r = 0; r < call.rows; ++r) store(block + (r * vectors + v) * lanes, values);
+    }
+    return true;
+}
+
+/// Pre-activations [rows, vectors] of columns from `panel` on: kept, and through the activation to `inner`.
+template <class Function, class T>
+void finish_hidden(const Function& function, const FfnForward<T>& call, index_t panel, index_t count, index_t first,
+                   const T* block) {
+    constexpr index_t lanes = Simd<T>::lanes, step = Function::gated ? 2 : 1;
+    const index_t vectors = panel_vectors * count;
+    // Whole lines that go past the caches need not be read first.
+    const bool stream = call.kept_past_caches && call.kept.up != nullptr && vector_bytes == 64 &&
+                        part::streams(call.kept.up + panel * panel_vectors / step * lanes, lanes) &&
+                        part::streams(call.kept.up + call.kept.stride, lanes) &&
+                        (!Function::gated || part::streams(call.kept.gate, lanes));
+    for (index_t r = 0; r < call.rows; ++r, block += vectors * lanes)
+        for (index_t v = 0; v < vectors; v += step) {
+            const index_t j = (panel * panel_vectors + v) / step * lanes, here = std::min(lanes, call.hidden.columns - j);
+            if (here <= 0) break;
+            const auto gate = load(block + v * lanes), up = load(block + (v + step - 1) * lanes);
+            T* const inner = call.inner + r * call.inner_row + (j - first);
+            T* const kept = call.kept.up == nullptr ? nullptr : call.kept.up + r * call.kept.stride + j;
+            T* const kept_gate = kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
+            if (here == lanes) {
+                if (stream) {
+                    part::stream<T>(kept, up);
+                    if constexpr (Function::gated) part::stream<T>(kept_gate, gate);
+                } else {
+                    if (kept != nullptr) store(kept, up);
+                    if (kept_gate != nullptr) store(kept_gate, gate);
+                }
+                if (call.inner != nullptr) store(inner, function.value(gate, up));
+            } else {
+                if (kept != nullptr) store_first<T>(kept, up, here);
+                if (kept_gate != nullptr) store_first<T>(kept_gate, gate, here);
+                if (call.inner != nullptr) store_first<T>(inner, function.value(gate, up), here);
+            }
+        }
+}
+
+}  // namespace part
+
+/// inner = a(x W + b) for panels [first, last) of `hidden`; `inner` begins with the first of their columns.
+template <class T>
+void ffn_hidden(const FfnForward<T>& call, index_t first, index_t last) {
+    const index_t depth = call.hidden.depth, at_once = call.rows > register_rows ? 1 : panels_at_once(call.rows);
+    const index_t together = depth <= depth_block<T> ? last - first : at_once;
+    const index_t first_column = first * call.hidden.panel_columns();
+    for (index_t q0 = first; q0 < last; q0 += together) {
+        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
+            const index_t p1 = std::min(depth, p0 + depth_block<T>);
+            for_panels(call.hidden, call.rows, q0, std::min(last, q0 + together), p0, p1, call.room,
+                       [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
+                           bool add = p0 > 0;
+                           if (!add) add = part::start_with_bias(call, q, count, call.block);
+                           tiles(call.rows, count,
+                                 TileCall<T>{.steps = p1 - p0, .a = call.x + p0, .a_row = call.x_row, .b = b,
+                                             .b_panel = apart, .c = call.block, .c_row = count * panel_width<T>,
+                                             .add = add},
+                                 ahead);
+                           if (p1 < depth) return;
+                           with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
+                               part::finish_hidden(function, call, q, count, first_column, call.block);
+                           });
+                       });
+        }
+    }
+}
+
+/// out (= or +=, where `begin` is not 0) inner [rows, begin to end] times those rows of `down`, over its panels.
+template <class T>
+void ffn_output(const FfnForward<T>& call, index_t first, index_t last, index_t begin, index_t end) {
+    const index_t j0 = first * panel_width<T>, j1 = std::min(call.down.columns, last * panel_width<T>);
+    const bool bias = begin == 0 && call.down_bias != nullptr;
+    if (bias)
+        for (index_t r = 0; r < call.rows; ++r)
+            std::memcpy(call.out + r * call.out_row + j0, call.down_bias + j0,
+                        static_cast<std::size_t>(j1 - j0) * sizeof(T));
+    multiply(Product<T>{.rows = call.rows, .a = call.inner, .a_row = call.inner_row, .b = call.down, .c = call.out,
+                        .c_row = call.out_row, .add = begin > 0 || bias, .room = call.room},
+             first, last, begin, end);
+}
+
+template <class T>
+struct FfnBackward {
+    FfnFunction function = Activation::relu;
+    index_t rows = 0;
+    const T* dout = nullptr;  // [rows, d]  without the combine weight
+    index_t dout_row = 0;
+    const T* weight = nullptr;  // [rows]  combine weights
+    Right<T> down = {};         // [d, h]
+    FfnRows<const T> kept = {};    // [rows, h]
+    FfnRows<T> grad = {};         // [rows, h] (=)
+    T* inner = nullptr;         // [rows, h] (=)  times the combine weight
+    T* along = nullptr;         // [rows, lanes] (+=)  <down^T dout, a>, in lanes
+    T* block = nullptr;         // block_elements(rows)
+    T* room = nullptr;          // pack_room elements
+};
+
+namespace part {
+
+/// Brings what finish_backward reads and writes of one panel's columns nearer, for the rows of a tile: the products take
+/// long enough for it to come from memory.
+template <class T>
+struct FinishAhead {
+    const FfnBackward<T>& call;
+    index_t first, columns;
+
+    void operator()(index_t begin, index_t end) const {
+        constexpr index_t line = 64 / static_cast<index_t>(sizeof(T));
+        for (index_t r = begin; r < end; ++r)
+            for (index_t j = first; j < std::min(call.down.columns, first + columns); j += line) {
+                const index_t kept = r * call.kept.stride + j, grad = r * call.grad.stride + j;
+                __builtin_prefetch(call.kept.up + kept, 0, 2);
+                __builtin_prefetch(call.grad.up + grad, 1, 2);
+                __builtin_prefetch(call.inner + grad, 1, 2);
+                if (call.grad.gate == nullptr) continue;
+                __builtin_prefetch(call.kept.gate + kept, 0, 2);
+                __builtin_prefetch(call.grad.gate + grad, 1, 2);
+            }
+    }
+};
+
+/// dinner [rows, columns] of columns [j0, j1): the gradients of the pre-activations, and the weighted activation.
+template <class Function, class T>
+void finish_backward(const Function& function, const FfnBackward<T>& call, index_t j0, index_t j1, const T* dinner,
+                     index_t dinner_row) {
+    constexpr index_t lanes = Simd<T>::lanes;
+    for (index_t r = 0; r < call.rows; ++r, dinner += dinner_row) {
+        const T weight = call.weight[r];
+        const T* const up = call.kept.up + r * call.kept.stride;
+        const T* const gate = Function::gated ? call.kept.gate + r * call.kept.stride : up;
+        T *const dup = call.grad.up + r * call.grad.stride, *const inner = call.inner + r * call.grad.stride;
+        T* const dgate = Function::gated ? call.grad.gate + r * call.grad.stride : nullptr;
+        auto along = load(call.along + r * lanes);
+        for (index_t j = j0; j < j1; j += lanes) {
+            const index_t here = std::min(lanes, j1 - j);
+            if (here == lanes) {
+                const auto d = load(dinner + (j - j0));
+                const auto g = function.gradient(load(gate + j), load(up + j), weight * d);
+                along += d * g.value;
+                store<T>(inner + j, weight * g.value);
+                store<T>(dup + j, g.dup);
+                if constexpr (Function::gated) store<T>(dgate + j, g.dgate);
+            } else {
+                const auto d = load_first(dinner + (j - j0), here);
+                const auto g = function.gradient(load_first(gate + j, here), load_first(up + j, here), weight * d);
+                along += d * g.value;
+                store_first<T>(inner + j, weight * g.value, here);
+                store_first<T>(dup + j, g.dup, here);
+                if constexpr (Function::gated) store_first<T>(dgate + j, g.dgate, here);
+            }
+        }
+        store(call.along + r * lanes, along);
+    }
+}
+
+}  // namespace part
+
+/// Back through `down` and the activation.
+template <class T>
+void ffn_backward_hidden(const FfnBackward<T>& call) {
+    const index_t depth = call.down.depth, panels = call.down.panels();
+    const index_t at_once = call.rows > register_rows ? 1 : panels_at_once(call.rows);
+    const index_t together = depth <= depth_block<T> ? panels : at_once;
+    for (index_t q0 = 0; q0 < panels; q0 += together) {
+        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
+            const index_t p1 = std::min(depth, p0 + depth_block<T>);
+            for_panels(call.down, call.rows, q0, std::min(panels, q0 + together), p0, p1, call.room,
+                       [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
+                           tiles(call.rows, count,
+                                 TileCall<T>{.steps = p1 - p0, .a = call.dout + p0, .a_row = call.dout_row, .b = b,
+                                             .b_panel = apart, .c = call.block, .c_row = count * panel_width<T>,
+                                             .add = p0 > 0},
+                                 ahead, part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
+                           if (p1 < depth) return;
+                           with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
+                               const index_t j0 = q * panel_width<T>, columns = count * panel_width<T>;
+                               part::finish_backward(function, call, j0, std::min(call.down.columns, j0 + columns),
+                                                     call.block, columns);
+                           });
+                       });
+        }
+    }
+}
+
+/// Products and feed-forward experts, for code outside.
+struct ExpertKernels {
+    template <class T>
+    using RightOf = Right<T>;
+    template <class T>
+    using ProductOf = Product<T>;
+    template <class T>
+    using OuterProductOf = OuterProduct<T>;
+    template <class T>
+    using ForwardOf = FfnForward<T>;
+    template <class T>
+    using BackwardOf = FfnBackward<T>;
+
+    template <class T>
+    static constexpr index_t lanes = Simd<T>::lanes;
+    template <class T>
+    static constexpr index_t panel_columns = panel_width<T>;
+
+    template <class T>
+    static void product(const Product<T>& of) {
+        multiply(of);
+    }
+    template <class T>
+    static void outer_product(const OuterProduct<T>& of) {
+        add_outer_product(of);
+    }
+    template <class T>
+    static void to_panels(const T* row, index_t columns, T* panels, index_t apart) {
+        spread_row(row, columns, panels, apart);
+    }
+    template <class T>
+    static void hidden(const FfnForward<T>& call, index_t first, index_t last) {
+        ffn_hidden(call, first, last);
+    }
+    template <class T>
+    static void output(const FfnForward<T>& call, index_t first, index_t last, index_t begin, index_t end) {
+        ffn_output(call, first, last, begin, end);
+    }
+    template <class T>
+    static void backward_hidden(const FfnBackward<T>& call) {
+        ffn_backward_hidden(call);
+    }
+    template <class T>
+    [[nodiscard]] static T sum(const T* of_lanes) {
+        return sum_lanes<T>(load(of_lanes));
+    }
+    /// inner[r] = a(gate[r], up[r]) of what is kept: for experts whose products are not those above.
+    template <class T>
+    static void activate(const FfnFunction& function, bool gated, index_t rows, index_t columns,
+                         const FfnRows<const T>& kept, T* inner, index_t inner_row) {
+        with_function<T>(function, gated, [&](const auto& a) {
+            for (index_t r = 0; r < rows; ++r) {
+                const T* const up = kept.up + r * kept.stride;
+                const T* const gate = gated ? kept.gate + r * kept.stride : up;
+                T* const out = inner + r * inner_row;
+                for_lanes<T>(columns, [&](index_t j, auto count) {
+                    store_first<T>(out + j, a.value(load_first(gate + j, count), load_first(up + j, count)), count);
+                });
+            }
+        });
+    }
+    /// The gradients of the pre-activations from dinner [rows, columns], as backward_hidden writes them.
+    template <class T>
+    static void activate_backward(const FfnBackward<T>& call, index_t columns, const T* dinner, index_t dinner_row) {
+        with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& a) {
+            part::finish_backward(a, call, index_t{0}, columns, dinner, dinner_row);
+        });
+    }
+    template <class T>
+    using RowsOf = FfnRows<T>;
+};

@@ -1,0 +1,128 @@
+// The right operand of a product: panels that lie ready, or columns of matrices that are packed into panels.
+
+/// Depth of what is packed or multiplied at once: a panel of it and the rows beside it stay in the second-level cache.
+template <class T>
+inline constexpr index_t depth_block = 8192 / static_cast<index_t>(sizeof(typename Format<T>::word));
+/// The same where panels are packed on the way: fewer steps of more columns, so that rows of a matrix are read in pieces
+/// that are worth a visit.
+template <class T>
+inline constexpr index_t packed_depth_block = depth_block<T> / 4;
+
+namespace part {
+
+/// to[p][j] = from[p][j] for one vector of columns; missing columns 0. Rows of `to` are a panel's.
+template <class T>
+void pack_rows(const T* from, index_t stride, index_t steps, index_t columns, T* to) {
+    constexpr index_t lanes = Simd<T>::lanes;
+    if (columns >= lanes) {
+        for (index_t p = 0; p < steps; ++p) store(to + p * panel_width<T>, load(from + p * stride));
+    } else {
+        for (index_t p = 0; p < steps; ++p)
+            store(to + p * panel_width<T>, load_first(from + p * stride, std::max<index_t>(0, columns)));
+    }
+}
+
+/// to[p][j] = from[j][p] for one vector of columns; missing columns 0.
+template <class T>
+void pack_columns(const T* from, index_t stride, index_t steps, index_t columns, T* to) {
+    constexpr index_t lanes = Simd<T>::lanes;
+    for (index_t p = 0; p < steps; p += lanes) {
+        const index_t depth = std::min(lanes, steps - p);
+        typename Simd<T>::vec block[lanes];
+        if (columns >= lanes && depth == lanes) {
+#pragma GCC unroll 16
+            for (index_t j = 0; j < lanes; ++j) block[j] = load(from + j * stride + p);
+        } else {
+            for (index_t j = 0; j < lanes; ++j)
+                block[j] = j < columns ? load_first(from + j * stride + p, depth) : typename Simd<T>::vec{};
+        }
+        transpose<T>(block);
+        for (index_t i = 0; i < depth; ++i) store(to + (p + i) * panel_width<T>, block[i]);
+    }
+}
+
+}  // namespace part
+
+/// The right operand [depth, columns] of a product. A panel takes its two vectors from neighbouring columns of one
+/// matrix, or, where there are two matrices, one from each: so that a gate and its up meet in one tile.
+template <class T>
+struct Right {
+    const T* stored = nullptr;  // panels [panels][depth][panel_width], or null: packed from `from` when they are needed
+    index_t depth = 0;
+    index_t columns = 0;             // of each matrix
+    const T* from[2] = {};           // element (p, j) at from[p * stride + j], or at from[j * stride + p] if transposed
+    index_t stride = 0;
+    bool paired = false, transposed = false;
+
+    /// Columns of a matrix in one panel.
+    [[nodiscard]] index_t panel_columns() const { return paired ? Simd<T>::lanes : panel_width<T>; }
+    [[nodiscard]] index_t panels() const { return (columns + panel_columns() - 1) / panel_columns(); }
+
+    /// Packs step p of [begin, end) of `count` panels from `panel` on, side by side.
+    void pack(index_t panel, index_t count, index_t begin, index_t end, T* to) const {
+        constexpr index_t lanes = Simd<T>::lanes;
+        for (index_t q = panel; q < panel + count; ++q, to += (end - begin) * panel_width<T>)
+            for (index_t v = 0; v < panel_vectors; ++v) {
+                const T* const matrix = paired ? from[v] : from[0];
+                const index_t j = q * panel_columns() + (paired ? 0 : v * lanes);
+                if (transposed)
+                    part::pack_columns(matrix + j * stride + begin, stride, end - begin, columns - j, to + v * lanes);
+                else
+                    part::pack_rows(matrix + begin * stride + j, stride, end - begin, columns - j, to + v * lanes);
+            }
+    }
+};
+
+/// Brings the matrices' part under a panel nearer, steps [begin, end) of it: by two tiles, a vector of columns each.
+template <class T>
+[[nodiscard]] Ahead ahead_of_packing(const Right<T>& right, index_t panel, index_t begin, index_t end) {
+    constexpr index_t lanes = Simd<T>::lanes, bytes = sizeof(T);
+    Ahead ahead{.from = {}, .step = right.stride * bytes, .first_two = true};
+    if (right.transposed) ahead.step = lanes * right.stride * bytes / std::max<index_t>(1, end - begin);
+    for (index_t v = 0; v < panel_vectors; ++v) {
+        const index_t j = panel * right.panel_columns() + (right.paired ? 0 : v * lanes);
+        if (j >= right.columns) break;
+        const T* const matrix = right.paired ? right.from[v] : right.from[0];
+        ahead.from[v] = right.transposed ? matrix + j * right.stride + begin : matrix + begin * right.stride + j;
+    }
+    return ahead;
+}
+
+/// Elements of the room that for_panels packs into.
+template <class T>
+inline constexpr index_t pack_room = 2 * depth_block<T> * panel_width<T>;
+
+/// Calls body(panel, count, b, b_panel, ahead) for panels [first, last) of steps [begin, end), in turn and as many at once
+/// as `rows` rows want: where they lie, how far apart, and what will be needed after them. Panels that are not stored are
+/// packed into `room`, so at most depth_block steps of them at once.
+template <class T, class Body>
+void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end, T* room,
+                Body&& body) {
+    const index_t wanted = rows > register_rows ? 1 : panels_at_once(rows), steps = end - begin;
+    if (right.stored != nullptr) {
+        const index_t apart = right.depth * panel_width<T>;
+        for (index_t q = first; q < last;) {
+            const index_t count = last - q >= wanted ? wanted : 1;
+            const T* const b = right.stored + q * apart + begin * panel_width<T>;
+            body(q, count, b, apart,
+                 Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(T)}, rows, steps));
+            q += count;
+        }
+        return;
+    }
+    // A block of panels, so that neighbouring columns of the matrix are read together. Its successor is brought nearer
+    // meanwhile.
+    const index_t apart = steps * panel_width<T>, most = std::min<index_t>(wanted, 2);
+    const index_t block = std::max(most, pack_room<T> / 2 / std::max<index_t>(1, apart) / most * most);
+    for (index_t q0 = first; q0 < last; q0 += block) {
+        const index_t q1 = std::min(last, q0 + block);
+        right.pack(q0, q1 - q0, begin, end, room);
+        for (index_t q = q0; q < q1;) {
+            const index_t count = q1 - q >= most ? most : 1;
+            const index_t next = q + block;
+            body(q, count, room + (q - q0) * apart, apart,
+                 next < last ? ahead_of_packing(right, next, begin, end) : Ahead{});
+            q += count;
+        }
+    }
+}

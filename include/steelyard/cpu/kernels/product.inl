@@ -1,0 +1,156 @@
+// Matrix products of one thread, with one order of addition whatever the sizes of the blocks.
+
+/// c (= or +=) a b: an element is one chain of multiply-adds by ascending depth, starting from 0 or from what c held.
+template <class T>
+struct Product {
+    index_t rows = 0;
+    const T* a = nullptr;  // row r, step p at a[r * a_row + p * a_step]
+    index_t a_row = 0, a_step = 1;
+    Right<T> b = {};       // [depth, columns]
+    T* c = nullptr;        // [rows, columns]
+    index_t c_row = 0;
+    bool add = false;
+    T* room = nullptr;     // pack_room elements, where b is not stored
+};
+
+/// The product over depth [begin, end) of b, which `a` begins at, and over its panels [first, last).
+template <class T>
+void multiply(const Product<T>& product, index_t first, index_t last, index_t begin, index_t end) {
+    constexpr index_t width = panel_width<T>;
+    const index_t columns = product.b.columns;
+    const index_t block_depth = product.b.stored != nullptr ? depth_block<T> : packed_depth_block<T>;
+    for (index_t p0 = begin; p0 == begin || p0 < end; p0 += block_depth) {
+        const index_t p1 = std::min(end, p0 + block_depth);
+        for_panels(product.b, product.rows, first, last, p0, p1, product.room,
+                   [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
+                       const index_t j0 = q * width, here = std::min(columns - j0, count * width);
+                       TileCall<T> call{.steps = p1 - p0,
+                                        .a = product.a + (p0 - begin) * product.a_step,
+                                        .a_row = product.a_row,
+                                        .a_step = product.a_step,
+                                        .b = b,
+                                        .b_panel = apart,
+                                        .c = product.c + j0,
+                                        .c_row = product.c_row,
+                                        .add = product.add || p0 > begin};
+                       if (here == count * width) return tiles(product.rows, count, call, ahead);
+                       // Columns beyond the last one would be written too: by way of a block that has them.
+                       T block[register_rows * width * 4];
+                       const auto bytes = static_cast<std::size_t>(here) * sizeof(T);
+                       T* c = call.c;
+                       for (index_t r = 0; r < product.rows; r += register_rows) {
+                           const index_t high = std::min<index_t>(register_rows, product.rows - r);
+                           TileCall<T> part = call;
+                           part.a += r * product.a_row;
+                           part.c = block;
+                           part.c_row = count * width;
+                           if (call.add)
+                               for (index_t i = 0; i < high; ++i)
+                                   std::memcpy(block + i * part.c_row, c + (r + i) * product.c_row, bytes);
+                           tiles(high, count, part, ahead);
+                           for (index_t i = 0; i < high; ++i)
+                               std::memcpy(c + (r + i) * product.c_row, block + i * part.c_row, bytes);
+                       }
+                   });
+    }
+}
+
+template <class T>
+void multiply(const Product<T>& product) {
+    multiply(product, index_t{0}, product.b.panels(), index_t{0}, product.b.depth);
+}
+
+/// out (+=) left^T right, over rows in order: the gradient of a weight. `right` comes in panels.
+template <class T>
+struct OuterProduct {
+    index_t rows = 0;            // what is summed over
+    const T* left = nullptr;     // [rows, m]
+    index_t left_row = 0, m = 0;
+    const T* right = nullptr;    // panels [panels][rows][panel_width] of n columns
+    index_t n = 0;
+    T* out = nullptr;            // [m, n]
+    index_t out_row = 0;
+    T* slab = nullptr;           // slab_elements(rows)
+};
+
+/// One row of a matrix into its place in the panels: to[q * apart + j] = from[q * panel_width + j], missing columns 0.
+template <class T>
+void spread_row(const T* from, index_t columns, T* to, index_t apart) {
+    constexpr index_t width = panel_width<T>, lanes = Simd<T>::lanes;
+    index_t j = 0;
+    for (; j + width <= columns; j += width, to += apart)
+        for (index_t v = 0; v < width; v += lanes) store(to + v, load(from + j + v));
+    if (j == columns) return;
+    for (index_t v = 0; v < width; v += lanes)
+        store(to + v, load_first(from + j + v, std::clamp<index_t>(columns - j - v, 0, lanes)));
+}
+
+/// Elements of a row of the slab: the columns of `left` that one tile takes, filled up to whole vectors.
+template <class T>
+inline constexpr index_t slab_width = (register_rows + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
+
+/// Elements of the slab of OuterProduct.
+template <class T>
+[[nodiscard]] constexpr index_t slab_elements(index_t rows) {
+    return rows * slab_width<T>;
+}
+
+namespace part {
+
+/// slab[p][i] = left[p][i] for `columns` columns of `left`, of which `readable` may be read.
+template <class T>
+void fill_slab(const T* left, index_t stride, index_t rows, index_t columns, index_t readable, T* slab) {
+    constexpr index_t lanes = Simd<T>::lanes, width = slab_width<T>;
+    for (index_t p = 0; p < rows; ++p, left += stride, slab += width) {
+        if (readable >= width)
+            for (index_t i = 0; i < width; i += lanes) store(slab + i, load(left + i));
+        else
+            for (index_t i = 0; i < columns; ++i) slab[i] = left[i];
+    }
+}
+
+/// Brings a tile of a result nearer.
+template <class T>
+void prefetch_tile(const T* c, index_t c_row, index_t rows) {
+    for (index_t r = 0; r < rows; ++r)
+        for (index_t v = 0; v < panel_vectors; ++v) __builtin_prefetch(c + r * c_row + v * Simd<T>::lanes, 1, 3);
+}
+
+}  // namespace part
+
+template <class T>
+void add_outer_product(const OuterProduct<T>& product) {
+    constexpr index_t width = panel_width<T>, high = register_rows;
+    const index_t rows = product.rows, m = product.m;
+    if (rows == 0) return;
+    for (index_t i = 0; i < m; i += high) {
+        const index_t here_rows = std::min(high, m - i);
+        part::fill_slab(product.left + i, product.left_row, rows, here_rows, m - i, product.slab);
+        for (index_t j = 0; j < product.n; j += width) {
+            T* const c = product.out + i * product.out_row + j;
+            // The next tile of the result: it has this one's time to come from memory.
+            if (j + width < product.n)
+                part::prefetch_tile(c + width, product.out_row, here_rows);
+            else if (i + high < m)
+                part::prefetch_tile(product.out + (i + high) * product.out_row, product.out_row,
+                                    std::min(high, m - i - high));
+            // The next slab: the first two tiles bring nearer where its vectors begin and end.
+            Ahead ahead{.from = {}, .step = product.left_row * index_t{sizeof(T)}, .first_two = true};
+            if (i + high + slab_width<T> <= m && j < 2 * width)
+                ahead.from[0] = product.left + i + high + (j == 0 ? 0 : slab_width<T> - 1);
+            TileCall<T> call{.steps = rows, .a = product.slab, .a_row = 1, .a_step = slab_width<T>,
+                             .b = product.right + j * rows, .c = c, .c_row = product.out_row, .add = true};
+            const index_t here = std::min(width, product.n - j);
+            if (here == width) {
+                tiles(here_rows, 1, call, ahead);
+                continue;
+            }
+            T block[high * width] = {};
+            const auto bytes = static_cast<std::size_t>(here) * sizeof(T);
+            for (index_t r = 0; r < here_rows; ++r) std::memcpy(block + r * width, c + r * product.out_row, bytes);
+            call.c = block, call.c_row = width;
+            tiles(here_rows, 1, call, ahead);
+            for (index_t r = 0; r < here_rows; ++r) std::memcpy(c + r * product.out_row, block + r * width, bytes);
+        }
+    }
+}

@@ -1,0 +1,166 @@
+// The register kernel of every matrix product: a few rows times one or two panels.
+
+/// How a product reads its operands. A *word* is what one multiply-add takes from either side.
+template <class T>
+struct Format;
+
+template <>
+struct Format<float> {
+    using word = float;
+    using sum = float;
+    using words = Simd<float>::vec;
+    static words madd(words sum, float a, words b) { return sum + a * b; }
+};
+
+template <>
+struct Format<double> {
+    using word = double;
+    using sum = double;
+    using words = Simd<double>::vec;
+    static words madd(words sum, double a, words b) { return sum + a * b; }
+};
+
+/// A panel holds, for each step of the depth, this many vectors of neighbouring columns.
+inline constexpr int panel_vectors = 2;
+/// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
+inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
+
+/// Columns of a panel.
+template <class T>
+inline constexpr index_t panel_width = panel_vectors * Simd<typename Format<T>::sum>::lanes;
+
+/// c[r][j] = (c[r][j] or 0) + sum over p of a[r][p] b[p][j]: one chain of multiply-adds for each element, by ascending p.
+template <class T>
+struct TileCall {
+    using F = Format<T>;
+    index_t steps = 0;                    // words of depth
+    const typename F::word* a = nullptr;  // row r, step p at a[r * a_row + p * a_step]
+    index_t a_row = 0, a_step = 1;
+    const typename F::word* b = nullptr;  // panels of [steps][panel_width], b_panel words from one to the next
+    index_t b_panel = 0;
+    typename F::sum* c = nullptr;  // row r at c[r * c_row]; the panels' columns side by side
+    index_t c_row = 0;
+    bool add = false;
+    // What is needed next: with each step an address is brought nearer, `next_stride` bytes from one to the next.
+    const char* next = nullptr;
+    index_t next_stride = 0;
+};
+
+namespace part {
+
+/// One step of the depth. The row pointers stand three rows apart: the addressing modes reach the two between.
+template <class T, int Rows, int Panels, class Sums, class Pointers>
+[[gnu::always_inline]] inline void tile_step(Sums& sum, const Pointers& a, index_t a_row,
+                                             const typename Format<T>::word* b, index_t b_panel) {
+    using F = Format<T>;
+    constexpr int lanes = Simd<typename F::sum>::lanes, vectors = panel_vectors * Panels;
+    typename F::words right[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+        std::memcpy(&right[v], b + v / panel_vectors * b_panel + v % panel_vectors * lanes, sizeof right[v]);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+        const typename F::word left = a[r / 3][r % 3 * a_row];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[r][v] = F::madd(sum[r][v], left, right[v]);
+    }
+}
+
+}  // namespace part
+
+template <class T, int Rows, int Panels>
+void tile(const TileCall<T>& call) {
+    using F = Format<T>;
+    using S = Simd<typename F::sum>;
+    constexpr int lanes = S::lanes, vectors = panel_vectors * Panels, pointers = (Rows + 2) / 3;
+
+    typename S::vec sum[Rows][vectors] = {};
+    if (call.add) {
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) sum[r][v] = load(call.c + r * call.c_row + v * lanes);
+    }
+
+    const typename F::word *a[pointers], *b = call.b;
+#pragma GCC unroll 4
+    for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
+    const index_t a_row = call.a_row, a_step = call.a_step, b_panel = call.b_panel;
+    const char* next = call.next;
+    for (index_t p = 0; p < call.steps; ++p) {
+        __builtin_prefetch(next, 0, 2);
+        next += call.next_stride;
+        part::tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
+#pragma GCC unroll 4
+        for (int i = 0; i < pointers; ++i) a[i] += a_step;
+        b += panel_vectors * lanes;
+    }
+
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) store(call.c + r * call.c_row + v * lanes, sum[r][v]);
+}
+
+/// Panels that a tile of `rows` rows takes side by side, where there are as many: few rows of one panel would leave the
+/// units waiting for each other's results.
+[[nodiscard]] constexpr index_t panels_at_once(index_t rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
+
+namespace part {
+
+template <class T>
+using Tile = void (*)(const TileCall<T>&);
+
+template <class T, int Panels, std::size_t... Row>
+constexpr std::array<Tile<T>, sizeof...(Row)> tiles_of(std::index_sequence<Row...>) {
+    return {&tile<T, static_cast<int>(Row) + 1, Panels>...};
+}
+
+}  // namespace part
+
+/// The tile of `rows` (1 to register_rows) and `panels` (1, or panels_at_once(rows)).
+template <class T>
+void tile(index_t rows, index_t panels, const TileCall<T>& call) {
+    static constexpr auto one = part::tiles_of<T, 1>(std::make_index_sequence<register_rows>{});
+    static constexpr auto two = part::tiles_of<T, 2>(std::make_index_sequence<4>{});
+    const auto at = static_cast<std::size_t>(rows - 1);
+    (panels == 1 ? one[at] : panels == 2 ? two[at] : &tile<T, 1, 4>)(call);
+}
+
+/// Memory that the tiles of a panel bring nearer for those after them: an address with each step.
+struct Ahead {
+    const void* from[2] = {};  // of the first and the second half of the tiles, or of the first two alone
+    index_t step = 0;          // bytes from one address to the next
+    bool first_two = false;
+
+    /// A run of bytes, by all tiles.
+    static Ahead run(const void* from, index_t bytes, index_t rows, index_t steps) {
+        const index_t count = (rows + register_rows - 1) / register_rows;
+        const index_t half = (count + 1) / 2 * steps, step = bytes / std::max<index_t>(1, count * steps);
+        return {{from, static_cast<const char*>(from) + half * step}, step, false};
+    }
+};
+
+struct Nothing {
+    void operator()(index_t, index_t) const {}
+};
+
+/// The tiles of any number of rows: as even as can be, since every tile reads the panels again. Calls before(first row,
+/// last row) ahead of each tile.
+template <class T, class Before = Nothing>
+void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
+    const index_t count = (rows + register_rows - 1) / register_rows, half = ahead.first_two ? 1 : (count + 1) / 2;
+    for (index_t i = 0, row = 0; i < count; ++i) {
+        const index_t end = rows * (i + 1) / count, part = i / half;
+        const bool some = part < 2 && ahead.from[part] != nullptr;
+        // Where nothing is wanted, an address that costs nothing.
+        call.next = some ? static_cast<const char*>(ahead.from[part]) + i % half * call.steps * ahead.step
+                         : reinterpret_cast<const char*>(call.b);
+        call.next_stride = some ? ahead.step : 0;
+        before(row, end);
+        tile(end - row, panels, call);
+        call.a += (end - row) * call.a_row;
+        call.c += (end - row) * call.c_row;
+        row = end;
+    }
+}

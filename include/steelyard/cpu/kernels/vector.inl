@@ -1,0 +1,93 @@
+// The widest SIMD register of the instruction set, as a type with arithmetic.
+
+/// The vector types that belong to T: `vec` holds `lanes` of T, `bits` as many unsigned integers of its size.
+///
+/// GCC and Clang vector extensions: +, *, comparisons and `comparison ? vec : vec` work lane by lane on every target.
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef float vec __attribute__((vector_size(vector_bytes)));
+    typedef std::uint32_t bits __attribute__((vector_size(vector_bytes)));
+    static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(float));
+};
+
+template <>
+struct Simd<double> {
+    typedef double vec __attribute__((vector_size(vector_bytes)));
+    typedef std::uint64_t bits __attribute__((vector_size(vector_bytes)));
+    static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(double));
+};
+
+/// One register from any address: alignment changes neither the result nor the code.
+template <class T>
+inline typename Simd<T>::vec load(const T* from) {
+    typename Simd<T>::vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class T>
+inline void store(T* to, typename Simd<T>::vec v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+/// The first `count` lanes from memory, the others 0.
+template <class T>
+inline typename Simd<T>::vec load_first(const T* from, index_t count) {
+    typename Simd<T>::vec v = {};
+    std::memcpy(&v, from, static_cast<std::size_t>(count) * sizeof(T));
+    return v;
+}
+
+template <class T>
+inline void store_first(T* to, typename Simd<T>::vec v, index_t count) {
+    std::memcpy(to, &v, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+/// The lanes' sum, in their order.
+template <class T>
+inline T sum_lanes(typename Simd<T>::vec v) {
+    T sum = 0;
+    for (int lane = 0; lane < Simd<T>::lanes; ++lane) sum += v[lane];
+    return sum;
+}
+
+/// Calls body(first column, number of columns <= lanes) along a row.
+template <class T, class Body>
+inline void for_lanes(index_t n, Body&& body) {
+    constexpr index_t lanes = Simd<T>::lanes;
+    index_t j = 0;
+    for (; j + lanes <= n; j += lanes) body(j, std::integral_constant<index_t, lanes>{});
+    if (j < n) body(j, n - j);
+}
+
+namespace part {
+
+/// {a0, b0, a1, b1, ...}: the lower halves' lanes in turn, or the upper halves' with First = lanes / 2.
+template <class T, std::size_t First, std::size_t... I>
+inline typename Simd<T>::vec interleave(typename Simd<T>::vec a, typename Simd<T>::vec b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, (I % 2 == 0 ? First + I / 2 : sizeof...(I) + First + I / 2)...);
+}
+
+}  // namespace part
+
+/// Transposes a block of lanes x lanes elements: after log2(lanes) perfect shuffles of its rows, row and column have
+/// changed places.
+template <class T>
+inline void transpose(typename Simd<T>::vec (&row)[Simd<T>::lanes]) {
+    constexpr int lanes = Simd<T>::lanes, half = lanes / 2;
+    constexpr auto all = std::make_index_sequence<lanes>{};
+#pragma GCC unroll 4
+    for (int round = 1; round < lanes; round *= 2) {
+        typename Simd<T>::vec next[lanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            next[2 * i] = part::interleave<T, 0>(row[i], row[i + half], all);
+            next[2 * i + 1] = part::interleave<T, half>(row[i], row[i + half], all);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) row[i] = next[i];
+    }
+}
