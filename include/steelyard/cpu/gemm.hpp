@@ -40,8 +40,8 @@ void product(const Left<T>& left, view<const T, 2> b, bool b_transposed, view<T,
     with_kernels(isa, [&](auto kernels) {
         typename decltype(kernels)::template ProductOf<T> call;
         call.rows = c.extents[0];
-        call.a = left.matrix.data;
-        call.a_row = left.matrix.strides[left.transposed ? 1 : 0];
+        // Rows of a are only read.
+        call.a = {const_cast<T*>(left.matrix.data), left.matrix.strides[left.transposed ? 1 : 0]};
         call.a_step = left.matrix.strides[left.transposed ? 0 : 1];
         call.b.depth = left.matrix.extents[left.transposed ? 0 : 1];
         call.b.columns = c.extents[1];

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -20,6 +21,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "steelyard/core/bf16.hpp"
 #include "steelyard/core/view.hpp"
 #include "steelyard/cpu/isa.hpp"
 #include "steelyard/cpu/lanes.hpp"

@@ -78,9 +78,10 @@ inline PackedFfn packed_ffn(view<const std::byte, 1> packed) {
 }
 
 /// Refuses a block that was not packed for what `expected` says, in whatever format.
-inline Status check_packed(std::string_view stage, view<const std::byte, 1> packed, PackedHeader expected) {
+inline Status check_packed(std::string_view stage, std::string_view name, view<const std::byte, 1> packed,
+                           PackedHeader expected) {
     const auto refuse = [&](std::string wanted, std::string came) {
-        return Status::refuse(Code::invalid_argument, stage, "packed", std::move(wanted), std::move(came));
+        return Status::refuse(Code::invalid_argument, stage, name, std::move(wanted), std::move(came));
     };
     if (packed.extents[0] < static_cast<index_t>(sizeof(PackedHeader)) || !is_aligned(packed.data))
         return refuse("a block that pack() wrote, aligned to " + std::to_string(layout_alignment) + " bytes",

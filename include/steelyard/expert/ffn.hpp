@@ -150,18 +150,26 @@ struct FeedForward {
         return {};
     }
 
-    /// Whether `params` may stand without its matrices, for it brings a packed copy.
-    template <class T, class Space>
-    [[nodiscard]] static bool is_packed(const Params<T, Space>& params) {
-        return params.packed.present();
-    }
-    /// Refuses a packed copy that belongs to other sizes or another device.
+    /// Refuses a packed copy that belongs to other sizes or another device, and biases that are not there: they are no
+    /// part of it. `name` is that of `params`.
     template <class T, class Device, class Space = typename Device::space>
-    [[nodiscard]] Status check_packed(const Device& device, std::string_view stage, const LayerShape& shape,
-                                      const Params<const T, Space>& params) const {
-        if (!params.packed.present()) return {};
-        return expert_ops<Device>::template ffn_check_packed<T>(device, stage, params.packed, shape.experts,
-                                                                shape.width, hidden, Form::gated);
+    [[nodiscard]] Status check_packed(const Device& device, std::string_view stage, std::string_view name,
+                                      const LayerShape& shape, const Params<const T, Space>& params) const {
+        const std::string prefix = std::string(name) + ".";
+        if (Status s = expert_ops<Device>::template ffn_check_packed<T>(
+                device, stage, prefix + "packed", params.packed, shape.experts, shape.width, hidden, Form::gated);
+            !s)
+            return s;
+        if (!bias) return {};
+        if (Status s = check_view(stage, prefix + "up_bias", params.up_bias, shape.experts, hidden); !s) return s;
+        if (Status s = check_view(stage, prefix + "down_bias", params.down_bias, shape.experts, shape.width); !s)
+            return s;
+        return Form::gated ? check_view(stage, prefix + "gate_bias", params.gate_bias, shape.experts, hidden) : Status{};
+    }
+    /// Whether the packed copy of `params` does without the matrices. It was checked.
+    template <class T, class Device, class Space = typename Device::space>
+    [[nodiscard]] static bool packed_serves(const Device&, const Params<const T, Space>& params, PackedFor purpose) {
+        return expert_ops<Device>::ffn_packed_serves(params.packed, purpose);
     }
 
     template <class T, class Device, class Space = typename Device::space>

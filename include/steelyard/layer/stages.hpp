@@ -88,6 +88,34 @@ protected:
         return {};
     }
 
+    /// The caller's tensors are all there, but for matrices of experts that a packed copy stands in for.
+    Status check_params(std::string_view stage, const typename Types::template Params<const T>& params,
+                        PackedFor purpose) const {
+        const auto& routed = dims_.routed.config();
+        if (Status s = check_bundle(stage, "params.router", Absent::refused, params.router, routed.router, routed.shape); !s)
+            return s;
+        if (Status s = check_experts(stage, "params.experts", params.experts, routed, purpose); !s) return s;
+        if constexpr (Parts::has_shared) {
+            const auto& beside = dims_.shared.config();
+            if (Status s = check_experts(stage, "params.shared", params.shared, beside, purpose); !s) return s;
+            return check_bundle(stage, "params.shared_router", Absent::refused, params.shared_router, beside.router,
+                                beside.shape);
+        }
+        return {};
+    }
+    template <class Bundle, class Of>
+    Status check_experts(std::string_view stage, std::string_view name, const Bundle& params, const Of& of,
+                         [[maybe_unused]] PackedFor purpose) const {
+        Absent matrices = Absent::refused;
+        if constexpr (requires { params.packed; }) {
+            if (params.packed.present()) {
+                if (Status s = of.expert.template check_packed<T>(of.device, stage, name, of.shape, params); !s) return s;
+                if (of.expert.template packed_serves<T>(of.device, params, purpose)) matrices = Absent::fine;
+            }
+        }
+        return check_bundle(stage, name, matrices, params, of.expert, of.shape);
+    }
+
     Status check_forward(const ForwardArgs& args) const {
         constexpr std::string_view stage = "layer.forward";
         if (Status s = check_all(); !s) return s;
@@ -100,7 +128,7 @@ protected:
         if (args.prior.present())
             if (Status s = check_view(stage, "prior", args.prior, count, config_.shape.experts); !s) return s;
         if (Status s = check_apart(stage, "y", args.y, "x", args.x); !s) return s;
-        if (Status s = check_bundle(stage, "params", Absent::refused, args.params, dims_); !s) return s;
+        if (Status s = check_params(stage, args.params, PackedFor::inference); !s) return s;
         if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
         if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
         if (Balance::communicates && args.stack != nullptr)
@@ -128,7 +156,7 @@ protected:
         if (args.dlogits.present() && !Types::Routed::has_routing)
             return Status::refuse(Code::invalid_argument, stage, "dlogits",
                                   "none: this router has no logits for each token", "a tensor");
-        if (Status s = check_bundle(stage, "params", Absent::refused, args.params, dims_); !s) return s;
+        if (Status s = check_params(stage, args.params, PackedFor::training); !s) return s;
         return check_bundle(stage, "grads", Absent::fine, args.grads, dims_);
     }
 

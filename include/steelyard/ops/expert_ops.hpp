@@ -160,8 +160,10 @@ struct BlendWeights {
 ///  void ffn_pack<T>(device, format, purpose, weights, packed (=))
 ///      A copy of the weights (not of the biases) in the order in which they are read. Pure; aligned to
 ///      `layout_alignment`. It is tied to the device it was made for.
-///  Status ffn_check_packed<T>(device, stage, packed, experts, width, hidden, gated)
+///  Status ffn_check_packed<T>(device, stage, name, packed, experts, width, hidden, gated)
 ///      Refuses what ffn_pack did not make for this device and these sizes.
+///  bool ffn_packed_serves(packed, purpose)
+///      Whether a packed copy that was checked does without the matrices.
 ///
 ///  index_t low_rank_scratch_bytes<T>(device, width, hidden, rank)
 ///  void low_rank_forward<T>(device, function, weights, updates, factor, x, plan, kept (=), low (=), rows (=) or

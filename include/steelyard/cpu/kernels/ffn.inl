@@ -9,23 +9,26 @@ struct FfnRows {
     index_t stride = 0;
 };
 
-template <class T>
+/// Forward of some rows with weights of the format F.
+template <class T, class F = T>
 struct FfnForward {
     FfnFunction function = Activation::relu;
     index_t rows = 0;
-    const T* x = nullptr;  // [rows, d]
-    index_t x_row = 0;
-    Right<T> hidden = {};                                        // [d, h]: gate and up paired, or up alone
-    Right<T> down = {};                                        // [h, d]
-    const T *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // [h], [h], [d], or null
-    FfnRows<T> kept = {};                                        // (=), or null
-    bool kept_past_caches = false;                               // kept is too much to be found in a cache again
-    T* inner = nullptr;                                        // [rows, columns of one ffn_hidden] (=)
+    Operand<F> x = {};                // [rows, d]
+    Right<F> hidden = {};             // [d, h]: gate and up paired, or up alone
+    Right<F> down = {};               // [h, d]
+    const T* gate_bias = nullptr;     // [h], or null
+    const T* up_bias = nullptr;       // [h], or null
+    const T* down_bias = nullptr;     // [d], or null
+    FfnRows<T> kept = {};             // (=), or null
+    bool kept_past_caches = false;    // kept is too much to be found in a cache again
+    T* inner = nullptr;               // [rows, columns of one ffn_hidden] (=), or null
     index_t inner_row = 0;
-    T* out = nullptr;                                          // [rows, d] (=), or null
+    Operand<F> inner_operand = {};    // room for the same, where F is not T
+    T* out = nullptr;                 // [rows, d] (=), or null
     index_t out_row = 0;
-    T* block = nullptr;                                        // block_elements(rows)
-    T* room = nullptr;                                         // pack_room elements
+    T* block = nullptr;               // block_elements(rows)
+    typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
 
 /// Elements of the block that holds a panel's columns of all rows.
@@ -37,8 +40,8 @@ template <class T>
 namespace part {
 
 /// block[r][j] = bias[j], or nothing where there is none. Whether there is one.
-template <class T>
-bool start_with_bias(const FfnForward<T>& call, index_t panel, index_t count, T* block) {
+template <class T, class F>
+bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count, T* block) {
     if (call.up_bias == nullptr) return false;
     constexpr index_t lanes = Simd<T>::lanes;
     const index_t vectors = panel_vectors * count;
@@ -53,8 +56,8 @@ bool start_with_bias(const FfnForward<T>& call, index_t panel, index_t count, T*
 }
 
 /// Pre-activations [rows, vectors] of columns from `panel` on: kept, and through the activation to `inner`.
-template <class Function, class T>
-void finish_hidden(const Function& function, const FfnForward<T>& call, index_t panel, index_t count, index_t first,
+template <class Function, class T, class F>
+void finish_hidden(const Function& function, const FfnForward<T, F>& call, index_t panel, index_t count, index_t first,
                    const T* block) {
     constexpr index_t lanes = Simd<T>::lanes, step = Function::gated ? 2 : 1;
     const index_t vectors = panel_vectors * count;
@@ -91,23 +94,22 @@ void finish_hidden(const Function& function, const FfnForward<T>& call, index_t 
 }  // namespace part
 
 /// inner = a(x W + b) for panels [first, last) of `hidden`; `inner` begins with the first of their columns.
-template <class T>
-void ffn_hidden(const FfnForward<T>& call, index_t first, index_t last) {
-    const index_t depth = call.hidden.depth, at_once = call.rows > register_rows ? 1 : panels_at_once(call.rows);
-    const index_t together = depth <= depth_block<T> ? last - first : at_once;
+template <class T, class F>
+void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
+    const index_t depth = call.hidden.words();
+    const index_t at_once = call.rows > register_rows<F> ? 1 : panels_at_once<F>(call.rows);
+    const index_t together = depth <= depth_block<F> ? last - first : at_once;
     const index_t first_column = first * call.hidden.panel_columns();
     for (index_t q0 = first; q0 < last; q0 += together) {
-        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
-            const index_t p1 = std::min(depth, p0 + depth_block<T>);
+        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<F>) {
+            const index_t p1 = std::min(depth, p0 + depth_block<F>);
             for_panels(call.hidden, call.rows, q0, std::min(last, q0 + together), p0, p1, call.room,
-                       [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
-                           bool add = p0 > 0;
-                           if (!add) add = part::start_with_bias(call, q, count, call.block);
-                           tiles(call.rows, count,
-                                 TileCall<T>{.steps = p1 - p0, .a = call.x + p0, .a_row = call.x_row, .b = b,
-                                             .b_panel = apart, .c = call.block, .c_row = count * panel_width<T>,
-                                             .add = add},
-                                 ahead);
+                       [&](index_t q, index_t count, const auto* b, index_t apart, const Ahead& ahead) {
+                           auto product = tile_of(call.x, p0, call.hidden, q, p0, b, apart, p1 - p0);
+                           product.c = call.block;
+                           product.c_row = count * panel_width<F>;
+                           product.add = p0 > 0 || part::start_with_bias(call, q, count, call.block);
+                           tiles(call.rows, count, product, ahead);
                            if (p1 < depth) return;
                            with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
                                part::finish_hidden(function, call, q, count, first_column, call.block);
@@ -118,17 +120,28 @@ void ffn_hidden(const FfnForward<T>& call, index_t first, index_t last) {
 }
 
 /// out (= or +=, where `begin` is not 0) inner [rows, begin to end] times those rows of `down`, over its panels.
-template <class T>
-void ffn_output(const FfnForward<T>& call, index_t first, index_t last, index_t begin, index_t end) {
-    const index_t j0 = first * panel_width<T>, j1 = std::min(call.down.columns, last * panel_width<T>);
+template <class T, class F>
+void ffn_output(const FfnForward<T, F>& call, index_t first, index_t last, index_t begin, index_t end) {
+    const index_t j0 = first * panel_width<F>, j1 = std::min(call.down.columns, last * panel_width<F>);
     const bool bias = begin == 0 && call.down_bias != nullptr;
     if (bias)
         for (index_t r = 0; r < call.rows; ++r)
             std::memcpy(call.out + r * call.out_row + j0, call.down_bias + j0,
                         static_cast<std::size_t>(j1 - j0) * sizeof(T));
-    multiply(Product<T>{.rows = call.rows, .a = call.inner, .a_row = call.inner_row, .b = call.down, .c = call.out,
-                        .c_row = call.out_row, .add = begin > 0 || bias, .room = call.room},
-             first, last, begin, end);
+    Product<F> product;
+    product.rows = call.rows;
+    if constexpr (std::is_same_v<T, F>) {
+        product.a = {call.inner, call.inner_row};
+    } else {
+        product.a = call.inner_operand;
+        write_operand(call.inner, call.inner_row, call.rows, end - begin, product.a);
+    }
+    product.b = call.down;
+    product.c = call.out;
+    product.c_row = call.out_row;
+    product.add = begin > 0 || bias;
+    product.room = call.room;
+    multiply(product, first, last, begin / Format<F>::per_word, words_of<F>(end));
 }
 
 template <class T>
@@ -211,18 +224,20 @@ void finish_backward(const Function& function, const FfnBackward<T>& call, index
 template <class T>
 void ffn_backward_hidden(const FfnBackward<T>& call) {
     const index_t depth = call.down.depth, panels = call.down.panels();
-    const index_t at_once = call.rows > register_rows ? 1 : panels_at_once(call.rows);
+    const index_t at_once = call.rows > register_rows<T> ? 1 : panels_at_once<T>(call.rows);
     const index_t together = depth <= depth_block<T> ? panels : at_once;
     for (index_t q0 = 0; q0 < panels; q0 += together) {
         for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
             const index_t p1 = std::min(depth, p0 + depth_block<T>);
             for_panels(call.down, call.rows, q0, std::min(panels, q0 + together), p0, p1, call.room,
                        [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
-                           tiles(call.rows, count,
-                                 TileCall<T>{.steps = p1 - p0, .a = call.dout + p0, .a_row = call.dout_row, .b = b,
-                                             .b_panel = apart, .c = call.block, .c_row = count * panel_width<T>,
-                                             .add = p0 > 0},
-                                 ahead, part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
+                           TileCall<T> product;
+                           product.steps = p1 - p0;
+                           product.a = call.dout + p0, product.a_row = call.dout_row;
+                           product.b = b, product.b_panel = apart;
+                           product.c = call.block, product.c_row = count * panel_width<T>;
+                           product.add = p0 > 0;
+                           tiles(call.rows, count, product, ahead, part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
                            if (p1 < depth) return;
                            with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
                                const index_t j0 = q * panel_width<T>, columns = count * panel_width<T>;
@@ -239,11 +254,13 @@ struct ExpertKernels {
     template <class T>
     using RightOf = Right<T>;
     template <class T>
+    using OperandOf = Operand<T>;
+    template <class T>
     using ProductOf = Product<T>;
     template <class T>
     using OuterProductOf = OuterProduct<T>;
-    template <class T>
-    using ForwardOf = FfnForward<T>;
+    template <class T, class F>
+    using ForwardOf = FfnForward<T, F>;
     template <class T>
     using BackwardOf = FfnBackward<T>;
 
@@ -264,12 +281,21 @@ struct ExpertKernels {
     static void to_panels(const T* row, index_t columns, T* panels, index_t apart) {
         spread_row(row, columns, panels, apart);
     }
+    /// An operand of `rows` rows of at most `n` elements in memory of operand_bytes(rows, n), and one row into it.
     template <class T>
-    static void hidden(const FfnForward<T>& call, index_t first, index_t last) {
-        ffn_hidden(call, first, last);
+    [[nodiscard]] static Operand<T> operand(std::byte* memory, index_t rows, index_t n) {
+        return place_operand<T>(memory, rows, n);
     }
     template <class T>
-    static void output(const FfnForward<T>& call, index_t first, index_t last, index_t begin, index_t end) {
+    static void write_row(const float* from, index_t n, const Operand<T>& to, index_t row) {
+        part::write_row(from, n, to, row);
+    }
+    template <class T, class F>
+    static void hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
+        ffn_hidden(call, first, last);
+    }
+    template <class T, class F>
+    static void output(const FfnForward<T, F>& call, index_t first, index_t last, index_t begin, index_t end) {
         ffn_output(call, first, last, begin, end);
     }
     template <class T>

@@ -1,6 +1,7 @@
 // The right operand of a product: panels that lie ready, or columns of matrices that are packed into panels.
 
-/// Depth of what is packed or multiplied at once: a panel of it and the rows beside it stay in the second-level cache.
+/// Words of depth that are packed or multiplied at once: a panel of them and the rows beside it stay in the second-level
+/// cache. Whole groups of int8.
 template <class T>
 inline constexpr index_t depth_block = 8192 / static_cast<index_t>(sizeof(typename Format<T>::word));
 /// The same where panels are packed on the way: fewer steps of more columns, so that rows of a matrix are read in pieces
@@ -44,21 +45,26 @@ void pack_columns(const T* from, index_t stride, index_t steps, index_t columns,
 }  // namespace part
 
 /// The right operand [depth, columns] of a product. A panel takes its two vectors from neighbouring columns of one
-/// matrix, or, where there are two matrices, one from each: so that a gate and its up meet in one tile.
+/// matrix, or, where there are two matrices, one from each: so that a gate and its up meet in one tile. Panels of formats
+/// other than the layer's own are always stored.
 template <class T>
 struct Right {
-    const T* stored = nullptr;  // panels [panels][depth][panel_width], or null: packed from `from` when they are needed
-    index_t depth = 0;
-    index_t columns = 0;             // of each matrix
-    const T* from[2] = {};           // element (p, j) at from[p * stride + j], or at from[j * stride + p] if transposed
+    using word = typename Format<T>::word;
+    const word* stored = nullptr;   // panels [panels][words][panel_width], or null: packed from `from` when needed
+    const float* scales = nullptr;  // of stored panels of int8: [panels][groups][panel_width]
+    index_t depth = 0;              // elements
+    index_t columns = 0;            // of each matrix
+    const T* from[2] = {};          // element (p, j) at from[p * stride + j], or at from[j * stride + p] if transposed
     index_t stride = 0;
     bool paired = false, transposed = false;
 
     /// Columns of a matrix in one panel.
-    [[nodiscard]] index_t panel_columns() const { return paired ? Simd<T>::lanes : panel_width<T>; }
+    [[nodiscard]] index_t panel_columns() const { return paired ? panel_width<T> / panel_vectors : panel_width<T>; }
     [[nodiscard]] index_t panels() const { return (columns + panel_columns() - 1) / panel_columns(); }
+    [[nodiscard]] index_t words() const { return words_of<T>(depth); }
+    [[nodiscard]] index_t groups() const { return (depth + int8_group - 1) / int8_group; }
 
-    /// Packs step p of [begin, end) of `count` panels from `panel` on, side by side.
+    /// Packs steps [begin, end) of `count` panels from `panel` on, side by side.
     void pack(index_t panel, index_t count, index_t begin, index_t end, T* to) const {
         constexpr index_t lanes = Simd<T>::lanes;
         for (index_t q = panel; q < panel + count; ++q, to += (end - begin) * panel_width<T>)
@@ -92,37 +98,40 @@ template <class T>
 template <class T>
 inline constexpr index_t pack_room = 2 * depth_block<T> * panel_width<T>;
 
-/// Calls body(panel, count, b, b_panel, ahead) for panels [first, last) of steps [begin, end), in turn and as many at once
-/// as `rows` rows want: where they lie, how far apart, and what will be needed after them. Panels that are not stored are
-/// packed into `room`, so at most depth_block steps of them at once.
+/// Calls body(panel, count, b, b_panel, ahead) for panels [first, last) of words [begin, end) of the depth, in turn and
+/// as many at once as `rows` rows want: where they lie, how far apart, and what will be needed after them. Panels that are
+/// not stored are packed into `room`, so at most depth_block words of them at once.
 template <class T, class Body>
-void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end, T* room,
-                Body&& body) {
-    const index_t wanted = rows > register_rows ? 1 : panels_at_once(rows), steps = end - begin;
+void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end,
+                typename Format<T>::word* room, Body&& body) {
+    using word = typename Format<T>::word;
+    const index_t wanted = rows > register_rows<T> ? 1 : panels_at_once<T>(rows), steps = end - begin;
     if (right.stored != nullptr) {
-        const index_t apart = right.depth * panel_width<T>;
+        const index_t apart = right.words() * panel_width<T>;
         for (index_t q = first; q < last;) {
             const index_t count = last - q >= wanted ? wanted : 1;
-            const T* const b = right.stored + q * apart + begin * panel_width<T>;
+            const word* const b = right.stored + q * apart + begin * panel_width<T>;
             body(q, count, b, apart,
-                 Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(T)}, rows, steps));
+                 Ahead::run<T>(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
             q += count;
         }
         return;
     }
-    // A block of panels, so that neighbouring columns of the matrix are read together. Its successor is brought nearer
-    // meanwhile.
-    const index_t apart = steps * panel_width<T>, most = std::min<index_t>(wanted, 2);
-    const index_t block = std::max(most, pack_room<T> / 2 / std::max<index_t>(1, apart) / most * most);
-    for (index_t q0 = first; q0 < last; q0 += block) {
-        const index_t q1 = std::min(last, q0 + block);
-        right.pack(q0, q1 - q0, begin, end, room);
-        for (index_t q = q0; q < q1;) {
-            const index_t count = q1 - q >= most ? most : 1;
-            const index_t next = q + block;
-            body(q, count, room + (q - q0) * apart, apart,
-                 next < last ? ahead_of_packing(right, next, begin, end) : Ahead{});
-            q += count;
+    if constexpr (std::is_same_v<word, T>) {
+        // A block of panels, so that neighbouring columns of the matrix are read together. Its successor is brought
+        // nearer meanwhile.
+        const index_t apart = steps * panel_width<T>, most = std::min<index_t>(wanted, 2);
+        const index_t block = std::max(most, pack_room<T> / 2 / std::max<index_t>(1, apart) / most * most);
+        for (index_t q0 = first; q0 < last; q0 += block) {
+            const index_t q1 = std::min(last, q0 + block);
+            right.pack(q0, q1 - q0, begin, end, room);
+            for (index_t q = q0; q < q1;) {
+                const index_t count = q1 - q >= most ? most : 1;
+                const index_t next = q + block;
+                body(q, count, room + (q - q0) * apart, apart,
+                     next < last ? ahead_of_packing(right, next, begin, end) : Ahead{});
+                q += count;
+            }
         }
     }
 }

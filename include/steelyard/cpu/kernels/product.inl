@@ -3,53 +3,71 @@
 /// c (= or +=) a b: an element is one chain of multiply-adds by ascending depth, starting from 0 or from what c held.
 template <class T>
 struct Product {
+    using F = Format<T>;
     index_t rows = 0;
-    const T* a = nullptr;  // row r, step p at a[r * a_row + p * a_step]
-    index_t a_row = 0, a_step = 1;
-    Right<T> b = {};       // [depth, columns]
-    T* c = nullptr;        // [rows, columns]
+    Operand<T> a = {};        // row r, word p at words[r * stride + p * a_step]
+    index_t a_step = 1;
+    Right<T> b = {};          // [depth, columns]
+    typename F::sum* c = nullptr;  // [rows, columns]
     index_t c_row = 0;
     bool add = false;
-    T* room = nullptr;     // pack_room elements, where b is not stored
+    typename F::word* room = nullptr;  // pack_room words, where b is not stored
 };
 
-/// The product over depth [begin, end) of b, which `a` begins at, and over its panels [first, last).
+/// The tile of rows of `a`, beginning `word` words in, with panel `q` of `b`, beginning at word `depth` of it.
+template <class T>
+[[nodiscard]] TileCall<T> tile_of(const Operand<T>& a, index_t word, const Right<T>& right, index_t q, index_t depth,
+                                  const typename Format<T>::word* b, index_t b_panel, index_t steps) {
+    TileCall<T> call;
+    call.steps = steps;
+    call.a = a.words + word;
+    call.a_row = a.stride;
+    call.b = b;
+    call.b_panel = b_panel;
+    if constexpr (Format<T>::grouped) {
+        constexpr index_t group = Format<T>::group_steps;
+        call.groups = a.groups;
+        call.a_scale = a.scale + word / group;
+        call.a_begin = a.beginning + word / group;
+        call.b_groups = right.groups() * panel_width<T>;
+        call.b_scale = right.scales + q * call.b_groups + depth / group * panel_width<T>;
+    }
+    return call;
+}
+
+/// The product over words [begin, end) of b's depth, which `a` begins at, and over its panels [first, last).
 template <class T>
 void multiply(const Product<T>& product, index_t first, index_t last, index_t begin, index_t end) {
+    using sum_t = typename Format<T>::sum;
     constexpr index_t width = panel_width<T>;
     const index_t columns = product.b.columns;
     const index_t block_depth = product.b.stored != nullptr ? depth_block<T> : packed_depth_block<T>;
     for (index_t p0 = begin; p0 == begin || p0 < end; p0 += block_depth) {
         const index_t p1 = std::min(end, p0 + block_depth);
         for_panels(product.b, product.rows, first, last, p0, p1, product.room,
-                   [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
+                   [&](index_t q, index_t count, const auto* b, index_t apart, const Ahead& ahead) {
                        const index_t j0 = q * width, here = std::min(columns - j0, count * width);
-                       TileCall<T> call{.steps = p1 - p0,
-                                        .a = product.a + (p0 - begin) * product.a_step,
-                                        .a_row = product.a_row,
-                                        .a_step = product.a_step,
-                                        .b = b,
-                                        .b_panel = apart,
-                                        .c = product.c + j0,
-                                        .c_row = product.c_row,
-                                        .add = product.add || p0 > begin};
+                       auto call = tile_of(product.a, (p0 - begin) * product.a_step, product.b, q, p0, b, apart, p1 - p0);
+                       call.a_step = product.a_step;
+                       call.c = product.c + j0;
+                       call.c_row = product.c_row;
+                       call.add = product.add || p0 > begin;
                        if (here == count * width) return tiles(product.rows, count, call, ahead);
                        // Columns beyond the last one would be written too: by way of a block that has them.
-                       T block[register_rows * width * 4];
-                       const auto bytes = static_cast<std::size_t>(here) * sizeof(T);
-                       T* c = call.c;
-                       for (index_t r = 0; r < product.rows; r += register_rows) {
-                           const index_t high = std::min<index_t>(register_rows, product.rows - r);
+                       sum_t block[register_rows<T> * width * 4];
+                       const auto bytes = static_cast<std::size_t>(here) * sizeof(sum_t);
+                       for (index_t r = 0; r < product.rows; r += register_rows<T>) {
+                           const index_t high = std::min<index_t>(register_rows<T>, product.rows - r);
                            TileCall<T> part = call;
-                           part.a += r * product.a_row;
                            part.c = block;
                            part.c_row = count * width;
                            if (call.add)
                                for (index_t i = 0; i < high; ++i)
-                                   std::memcpy(block + i * part.c_row, c + (r + i) * product.c_row, bytes);
+                                   std::memcpy(block + i * part.c_row, call.c + i * call.c_row, bytes);
                            tiles(high, count, part, ahead);
                            for (index_t i = 0; i < high; ++i)
-                               std::memcpy(c + (r + i) * product.c_row, block + i * part.c_row, bytes);
+                               std::memcpy(call.c + i * call.c_row, block + i * part.c_row, bytes);
+                           call.skip(high);
                        }
                    });
     }
@@ -57,7 +75,7 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
 
 template <class T>
 void multiply(const Product<T>& product) {
-    multiply(product, index_t{0}, product.b.panels(), index_t{0}, product.b.depth);
+    multiply(product, index_t{0}, product.b.panels(), index_t{0}, product.b.words());
 }
 
 /// out (+=) left^T right, over rows in order: the gradient of a weight. `right` comes in panels.
@@ -87,7 +105,7 @@ void spread_row(const T* from, index_t columns, T* to, index_t apart) {
 
 /// Elements of a row of the slab: the columns of `left` that one tile takes, filled up to whole vectors.
 template <class T>
-inline constexpr index_t slab_width = (register_rows + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
+inline constexpr index_t slab_width = (register_rows<T> + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
 
 /// Elements of the slab of OuterProduct.
 template <class T>
@@ -120,7 +138,7 @@ void prefetch_tile(const T* c, index_t c_row, index_t rows) {
 
 template <class T>
 void add_outer_product(const OuterProduct<T>& product) {
-    constexpr index_t width = panel_width<T>, high = register_rows;
+    constexpr index_t width = panel_width<T>, high = register_rows<T>;
     const index_t rows = product.rows, m = product.m;
     if (rows == 0) return;
     for (index_t i = 0; i < m; i += high) {
@@ -138,8 +156,12 @@ void add_outer_product(const OuterProduct<T>& product) {
             Ahead ahead{.from = {}, .step = product.left_row * index_t{sizeof(T)}, .first_two = true};
             if (i + high + slab_width<T> <= m && j < 2 * width)
                 ahead.from[0] = product.left + i + high + (j == 0 ? 0 : slab_width<T> - 1);
-            TileCall<T> call{.steps = rows, .a = product.slab, .a_row = 1, .a_step = slab_width<T>,
-                             .b = product.right + j * rows, .c = c, .c_row = product.out_row, .add = true};
+            TileCall<T> call;
+            call.steps = rows;
+            call.a = product.slab, call.a_row = 1, call.a_step = slab_width<T>;
+            call.b = product.right + j * rows;
+            call.c = c, call.c_row = product.out_row;
+            call.add = true;
             const index_t here = std::min(width, product.n - j);
             if (here == width) {
                 tiles(here_rows, 1, call, ahead);

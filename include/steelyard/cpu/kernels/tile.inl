@@ -1,33 +1,25 @@
 // The register kernel of every matrix product: a few rows times one or two panels.
 
-/// How a product reads its operands. A *word* is what one multiply-add takes from either side.
-template <class T>
-struct Format;
-
-template <>
-struct Format<float> {
-    using word = float;
-    using sum = float;
-    using words = Simd<float>::vec;
-    static words madd(words sum, float a, words b) { return sum + a * b; }
-};
-
-template <>
-struct Format<double> {
-    using word = double;
-    using sum = double;
-    using words = Simd<double>::vec;
-    static words madd(words sum, double a, words b) { return sum + a * b; }
-};
-
 /// A panel holds, for each step of the depth, this many vectors of neighbouring columns.
 inline constexpr int panel_vectors = 2;
 /// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
-inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
+template <class T>
+inline constexpr int register_rows = (vector_registers == 32 ? 12 : 6) / Format<T>::registers;
 
 /// Columns of a panel.
 template <class T>
 inline constexpr index_t panel_width = panel_vectors * Simd<typename Format<T>::sum>::lanes;
+
+/// Rows of the left operand, as their format has them.
+template <class T>
+struct Operand {
+    typename Format<T>::word* words = nullptr;  // [rows, steps]
+    index_t stride = 0;                         // words from one row to the next
+    // Of int8, for each group of steps: what a word's elements are multiplied by, and what their sums begin with.
+    float* scale = nullptr;               // [rows, groups]
+    std::int32_t* beginning = nullptr;    // [rows, groups]
+    index_t groups = 0;                   // from one row to the next
+};
 
 /// c[r][j] = (c[r][j] or 0) + sum over p of a[r][p] b[p][j]: one chain of multiply-adds for each element, by ascending p.
 template <class T>
@@ -41,9 +33,21 @@ struct TileCall {
     typename F::sum* c = nullptr;  // row r at c[r * c_row]; the panels' columns side by side
     index_t c_row = 0;
     bool add = false;
+    // Of int8: scales of the rows and of the panels' columns, group by group.
+    const float *a_scale = nullptr, *b_scale = nullptr;  // [rows, groups], panels of [groups, panel_width]
+    const std::int32_t* a_begin = nullptr;               // [rows, groups]
+    index_t groups = 0, b_groups = 0;                    // from one row, and one panel, to the next
     // What is needed next: with each step an address is brought nearer, `next_stride` bytes from one to the next.
     const char* next = nullptr;
     index_t next_stride = 0;
+
+    void skip(index_t rows) {
+        a += rows * a_row;
+        c += rows * c_row;
+        if (groups == 0) return;
+        a_scale += rows * groups;
+        a_begin += rows * groups;
+    }
 };
 
 namespace part {
@@ -66,10 +70,62 @@ template <class T, int Rows, int Panels, class Sums, class Pointers>
     }
 }
 
-}  // namespace part
+/// The tile of int8: integers within a group, then floats: c += sum over groups of a_scale b_scale (their dot products).
+template <int Rows, int Panels>
+void grouped_tile(const TileCall<std::int8_t>& call) {
+    using F = Format<std::int8_t>;
+    using S = Simd<float>;
+    constexpr int lanes = S::lanes, vectors = panel_vectors * Panels, pointers = (Rows + 2) / 3;
 
+    S::vec sum[Rows][vectors] = {};
+    if (call.add) {
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) sum[r][v] = load(call.c + r * call.c_row + v * lanes);
+    }
+    const F::word *a[pointers], *b = call.b;
+#pragma GCC unroll 4
+    for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
+    const index_t a_row = call.a_row, b_panel = call.b_panel;
+    const char* next = call.next;
+    for (index_t begin = 0, g = 0; begin < call.steps; begin += F::group_steps, ++g) {
+        F::words whole[Rows][vectors];
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v)
+                whole[r][v] = F::words{} + static_cast<F::word>(call.a_begin[r * call.groups + g]);
+        const index_t end = std::min(call.steps, begin + F::group_steps);
+        for (index_t p = begin; p < end; ++p) {
+            __builtin_prefetch(next, 0, 2);
+            next += call.next_stride;
+            tile_step<std::int8_t, Rows, Panels>(whole, a, a_row, b, b_panel);
+#pragma GCC unroll 4
+            for (int i = 0; i < pointers; ++i) ++a[i];
+            b += panel_vectors * lanes;
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+            const float* const scales = call.b_scale + v / panel_vectors * call.b_groups;
+            const auto scale = load(scales + (g * panel_vectors + v % panel_vectors) * lanes);
+#pragma GCC unroll 12
+            for (int r = 0; r < Rows; ++r) {
+                S::ints integers;
+                std::memcpy(&integers, &whole[r][v], sizeof integers);
+                sum[r][v] += __builtin_convertvector(integers, S::vec) * (call.a_scale[r * call.groups + g] * scale);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) store(call.c + r * call.c_row + v * lanes, sum[r][v]);
+}
+
+/// The tile of every other format.
 template <class T, int Rows, int Panels>
-void tile(const TileCall<T>& call) {
+void plain_tile(const TileCall<T>& call) {
     using F = Format<T>;
     using S = Simd<typename F::sum>;
     constexpr int lanes = S::lanes, vectors = panel_vectors * Panels, pointers = (Rows + 2) / 3;
@@ -90,7 +146,7 @@ void tile(const TileCall<T>& call) {
     for (index_t p = 0; p < call.steps; ++p) {
         __builtin_prefetch(next, 0, 2);
         next += call.next_stride;
-        part::tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
+        tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
 #pragma GCC unroll 4
         for (int i = 0; i < pointers; ++i) a[i] += a_step;
         b += panel_vectors * lanes;
@@ -102,9 +158,22 @@ void tile(const TileCall<T>& call) {
         for (int v = 0; v < vectors; ++v) store(call.c + r * call.c_row + v * lanes, sum[r][v]);
 }
 
+template <class T, int Rows, int Panels>
+void tile(const TileCall<T>& call) {
+    if constexpr (Format<T>::grouped)
+        grouped_tile<Rows, Panels>(call);
+    else
+        plain_tile<T, Rows, Panels>(call);
+}
+
+}  // namespace part
+
 /// Panels that a tile of `rows` rows takes side by side, where there are as many: few rows of one panel would leave the
 /// units waiting for each other's results.
-[[nodiscard]] constexpr index_t panels_at_once(index_t rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
+template <class T>
+[[nodiscard]] constexpr index_t panels_at_once(index_t rows) {
+    return rows == 1 ? 4 : rows * 3 <= register_rows<T> ? 2 : 1;
+}
 
 namespace part {
 
@@ -121,10 +190,10 @@ constexpr std::array<Tile<T>, sizeof...(Row)> tiles_of(std::index_sequence<Row..
 /// The tile of `rows` (1 to register_rows) and `panels` (1, or panels_at_once(rows)).
 template <class T>
 void tile(index_t rows, index_t panels, const TileCall<T>& call) {
-    static constexpr auto one = part::tiles_of<T, 1>(std::make_index_sequence<register_rows>{});
-    static constexpr auto two = part::tiles_of<T, 2>(std::make_index_sequence<4>{});
+    static constexpr auto one = part::tiles_of<T, 1>(std::make_index_sequence<register_rows<T>>{});
+    static constexpr auto two = part::tiles_of<T, 2>(std::make_index_sequence<register_rows<T> / 3>{});
     const auto at = static_cast<std::size_t>(rows - 1);
-    (panels == 1 ? one[at] : panels == 2 ? two[at] : &tile<T, 1, 4>)(call);
+    (panels == 1 ? one[at] : panels == 2 ? two[at] : &part::tile<T, 1, 4>)(call);
 }
 
 /// Memory that the tiles of a panel bring nearer for those after them: an address with each step.
@@ -134,8 +203,9 @@ struct Ahead {
     bool first_two = false;
 
     /// A run of bytes, by all tiles.
+    template <class T>
     static Ahead run(const void* from, index_t bytes, index_t rows, index_t steps) {
-        const index_t count = (rows + register_rows - 1) / register_rows;
+        const index_t count = (rows + register_rows<T> - 1) / register_rows<T>;
         const index_t half = (count + 1) / 2 * steps, step = bytes / std::max<index_t>(1, count * steps);
         return {{from, static_cast<const char*>(from) + half * step}, step, false};
     }
@@ -149,7 +219,7 @@ struct Nothing {
 /// last row) ahead of each tile.
 template <class T, class Before = Nothing>
 void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
-    const index_t count = (rows + register_rows - 1) / register_rows, half = ahead.first_two ? 1 : (count + 1) / 2;
+    const index_t count = (rows + register_rows<T> - 1) / register_rows<T>, half = ahead.first_two ? 1 : (count + 1) / 2;
     for (index_t i = 0, row = 0; i < count; ++i) {
         const index_t end = rows * (i + 1) / count, part = i / half;
         const bool some = part < 2 && ahead.from[part] != nullptr;
@@ -159,8 +229,7 @@ void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = 
         call.next_stride = some ? ahead.step : 0;
         before(row, end);
         tile(end - row, panels, call);
-        call.a += (end - row) * call.a_row;
-        call.c += (end - row) * call.c_row;
+        call.skip(end - row);
         row = end;
     }
 }
