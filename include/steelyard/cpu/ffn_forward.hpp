@@ -30,8 +30,9 @@ public:
             const auto own = part(thread);
             auto call = call_of(tile, x, kept, rows, own);
             if (rows.present()) call.inner = own.hidden.data;
-            call.inner_row = own.hidden.strides[0];
-            const index_t columns = call.hidden.panel_columns(), step = hidden_block / columns;
+            const index_t block = block_columns(call.rows), columns = call.hidden.panel_columns();
+            call.inner_row = std::min(block, whole_panels(hidden_)) + row_gap<T>;
+            const index_t step = block / columns;
             for (index_t q = 0; q < call.hidden.panels(); q += step) {
                 const index_t end = std::min(q + step, call.hidden.panels());
                 Kernels::hidden(call, q, end);
@@ -68,6 +69,14 @@ private:
         }
     }
 
+    /// Columns of the hidden layer that a tile computes at once: few rows have room for more of them, and `down` is then
+    /// read in longer runs.
+    [[nodiscard]] index_t block_columns(index_t rows) const {
+        const index_t most = part(0).hidden.size() / rows - row_gap<T>;
+        const index_t wanted = (hidden_ + hidden_block - 1) / hidden_block;
+        return std::clamp<index_t>(most / hidden_block, 1, wanted) * hidden_block;
+    }
+
     [[nodiscard]] Forward call_of(const RowTile& tile, view<const T, 2> x, const FfnKept<T>& kept, view<T, 2> rows,
                                   const FfnScratch<T>& own) const {
         const index_t e = tile.expert;
@@ -83,7 +92,7 @@ private:
             for (index_t r = 0; r < call.rows; ++r)
                 Kernels::write_row(&x(plan_.choice[tile.begin + r] / plan_.top_k(), 0), width_, call.x, r);
             call.inner_operand = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data), call.rows,
-                                                              std::min(hidden_, hidden_block));
+                                                              std::min(hidden_, block_columns(call.rows)));
         }
         if (packed_.header.present()) {
             call.hidden = this->template stored<F>(packed_.hidden, e, width_, hidden_, gated_);

@@ -24,6 +24,9 @@ inline constexpr index_t past_caches_bytes = index_t{16} << 20;
 /// Most rows of a call whose work is cut by columns, for there are too few experts to keep the threads busy.
 inline constexpr index_t split_rows = 256;
 
+/// Columns with those that fill up the last panel, whatever the instruction set.
+[[nodiscard]] constexpr index_t whole_panels(index_t columns) { return (columns + 63) / 64 * 64; }
+
 /// One thread's part of the scratch.
 template <class T>
 struct FfnScratch {
@@ -37,7 +40,7 @@ struct FfnScratch {
 
     template <class Field>
     void fields(Field&& field, index_t d, index_t h) {
-        const index_t widest = (std::max(d, h) + 63) / 64 * 64;  // whole panels
+        const index_t widest = whole_panels(std::max(d, h));
         field("width", width, gathered_rows, d + row_gap<T>);
         field("hidden", hidden, tile_rows, std::min(hidden_block, widest) + row_gap<T>);
         field("block", block, tile_rows, 2 * row_gap<T>);
@@ -57,7 +60,7 @@ struct FfnCallScratch {
 
     template <class Field>
     void fields(Field&& field, index_t threads_count, index_t d, index_t h) {
-        field("inner", inner, split_rows, (h + 63) / 64 * 64 + row_gap<T>);
+        field("inner", inner, split_rows, whole_panels(h) + row_gap<T>);
         field("threads", threads, threads_count * bytes_of<FfnScratch<T>>(d, h));
     }
 };

@@ -31,7 +31,7 @@
 namespace steelyard::cpu {
 
 /// Inputs that share a scale with each output column, in weights of 8 bits.
-inline constexpr index_t int8_group = 128;
+inline constexpr index_t int8_group = 256;
 
 /// The kernels for what the compiler was told of. A namespace for each width, so that two units never mean two things.
 #if defined(__AVX512F__)

@@ -90,6 +90,8 @@ inline Status check_packed(std::string_view stage, std::string_view name, view<c
                           : "a misaligned pointer");
     const auto& found = *reinterpret_cast<const PackedHeader*>(packed.data);
     if (!found.found()) return refuse("a block that pack() wrote", "other bytes");
+    if (found.format < 0 || found.format > static_cast<std::int64_t>(PackedFormat::int8))
+        return refuse("a format of PackedFormat", std::to_string(found.format));
     const auto text = [](const PackedHeader& of) {
         return std::to_string(of.experts) + " experts of width " + std::to_string(of.width) + ", hidden " +
                std::to_string(of.hidden) + (of.gated ? ", gated" : ", not gated") + ", elements of " +

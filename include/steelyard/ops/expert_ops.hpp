@@ -57,10 +57,10 @@ struct FfnFunction {
 ///
 ///     full   the layer's own: the results of forward have the same bits as without packing
 ///     bf16   rounded to bfloat16, and so are the rows that meet them; products are added in float
-///     int8   rounded to 8 bits, with a float scale for each output column and group of 128 inputs; rows are rounded in
+///     int8   rounded to 8 bits, with a float scale for each output column and group of 256 inputs; rows are rounded in
 ///            the same way as they come, sums are exact within a group and float beyond
 ///
-/// Sizes of a weight: 4 (float), 2 and 1.03 bytes.
+/// Sizes of a weight: 4 (float), 2 and 1.02 bytes.
 enum class PackedFormat { full, bf16, int8 };
 
 /// What a packed copy is made for: forward alone, or backward too, which reads the matrices in another order and takes as

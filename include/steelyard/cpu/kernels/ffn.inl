@@ -105,14 +105,16 @@ void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
             const index_t p1 = std::min(depth, p0 + depth_block<F>);
             for_panels(call.hidden, call.rows, q0, std::min(last, q0 + together), p0, p1, call.room,
                        [&](index_t q, index_t count, const auto* b, index_t apart, const Ahead& ahead) {
+                           // Sums of several panels wait side by side for the next block of the depth.
+                           T* const block = call.block + (depth <= depth_block<F> ? 0 : (q - q0) * call.rows * panel_width<F>);
                            auto product = tile_of(call.x, p0, call.hidden, q, p0, b, apart, p1 - p0);
-                           product.c = call.block;
+                           product.c = block;
                            product.c_row = count * panel_width<F>;
-                           product.add = p0 > 0 || part::start_with_bias(call, q, count, call.block);
+                           product.add = p0 > 0 || part::start_with_bias(call, q, count, block);
                            tiles(call.rows, count, product, ahead);
                            if (p1 < depth) return;
                            with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
-                               part::finish_hidden(function, call, q, count, first_column, call.block);
+                               part::finish_hidden(function, call, q, count, first_column, block);
                            });
                        });
         }
@@ -231,18 +233,19 @@ void ffn_backward_hidden(const FfnBackward<T>& call) {
             const index_t p1 = std::min(depth, p0 + depth_block<T>);
             for_panels(call.down, call.rows, q0, std::min(panels, q0 + together), p0, p1, call.room,
                        [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
+                           T* const block = call.block + (depth <= depth_block<T> ? 0 : (q - q0) * call.rows * panel_width<T>);
                            TileCall<T> product;
                            product.steps = p1 - p0;
                            product.a = call.dout + p0, product.a_row = call.dout_row;
                            product.b = b, product.b_panel = apart;
-                           product.c = call.block, product.c_row = count * panel_width<T>;
+                           product.c = block, product.c_row = count * panel_width<T>;
                            product.add = p0 > 0;
                            tiles(call.rows, count, product, ahead, part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
                            if (p1 < depth) return;
                            with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
                                const index_t j0 = q * panel_width<T>, columns = count * panel_width<T>;
                                part::finish_backward(function, call, j0, std::min(call.down.columns, j0 + columns),
-                                                     call.block, columns);
+                                                     block, columns);
                            });
                        });
         }

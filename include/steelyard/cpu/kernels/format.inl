@@ -1,13 +1,13 @@
 // How a product reads its operands. A *word* is what one multiply-add takes from either side: an element, or as many as
 // fit 32 bits.
 
-/// registers: what one vector of sums occupies. grouped: sums are integers within a group of steps.
+/// grouped: sums are integers within a group of steps.
 template <class T>
 struct Format {
     using word = T;
     using sum = T;
     using words = typename Simd<T>::vec;
-    static constexpr int per_word = 1, registers = 1;
+    static constexpr int per_word = 1;
     static constexpr bool grouped = false;
     [[gnu::always_inline]] static words madd(words sum, T a, words b) { return sum + a * b; }
 };
@@ -19,7 +19,7 @@ struct Format<bf16> {
     using sum = float;
     using vec = Simd<float>::vec;
     using words = Simd<float>::bits;
-    static constexpr int per_word = 2, registers = 1;
+    static constexpr int per_word = 2;
     static constexpr bool grouped = false;
 
     [[gnu::always_inline]] static vec madd(vec sum, word a, words b) {
@@ -46,7 +46,7 @@ struct Format<std::int8_t> {
     using word = std::uint32_t;
     using sum = float;
     using words = Simd<float>::bits;
-    static constexpr int per_word = 4, registers = 2;
+    static constexpr int per_word = 4;
     static constexpr bool grouped = true;
     static constexpr index_t group_steps = int8_group / per_word;
 
@@ -84,14 +84,21 @@ template <class T>
 
 namespace part {
 
-/// Rounded to bf16, to the nearest, ties to even: in the lower half of each lane. A NaN stays one.
-[[gnu::always_inline]] inline Simd<float>::bits rounded_to_bf16(Simd<float>::vec v) {
+/// Rounded to bf16, to the nearest, ties to even. A NaN stays one.
+[[gnu::always_inline]] inline Simd<float>::halves bf16_halves(Simd<float>::vec v) {
     using bits = Simd<float>::bits;
+#if defined(__x86_64__)
+    if constexpr (kernel_isa >= Isa::avx512_dot) {
+        Simd<float>::halves rounded;
+        asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+        return rounded;
+    }
+#endif
     bits word;
     std::memcpy(&word, &v, sizeof word);
     const bits nan = (word & 0x7fffffffu) > 0x7f800000u ? bits{} + 1u : bits{};
     const bits rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-    return nan != 0u ? (word >> 16) | 0x40u : rounded;
+    return __builtin_convertvector(nan != 0u ? (word >> 16) | 0x40u : rounded, Simd<float>::halves);
 }
 
 }  // namespace part

@@ -2,16 +2,22 @@
 
 namespace part {
 
+/// Writes a vector of small elements, or the first `count` of them.
+template <class Vector, class Element>
+[[gnu::always_inline]] inline void store_narrow(Element* to, const Vector& v, index_t count) {
+    constexpr index_t lanes = sizeof(Vector) / sizeof(Element);
+    if (count >= lanes)
+        std::memcpy(to, &v, sizeof v);
+    else
+        std::memcpy(to, &v, static_cast<std::size_t>(count) * sizeof(Element));
+}
+
 /// words[0 .. words_of(n)) = from[0 .. n), rounded to bf16; an element beyond the last one is 0.
 inline void write_row(const float* from, index_t n, const Operand<bf16>& to, index_t row) {
     auto* const words = reinterpret_cast<std::uint16_t*>(to.words + row * to.stride);
     constexpr index_t lanes = Simd<float>::lanes;
-    index_t j = 0;
-    for (; j < n; j += lanes) {
-        const index_t here = std::min(lanes, n - j);
-        const auto rounded = __builtin_convertvector(rounded_to_bf16(load_some(from + j, here)), Simd<float>::halves);
-        std::memcpy(words + j, &rounded, static_cast<std::size_t>(here) * sizeof(std::uint16_t));
-    }
+    for (index_t j = 0; j < n; j += lanes)
+        store_narrow(words + j, bf16_halves(load_some(from + j, n - j)), n - j);
     if (n % 2 != 0) words[n] = 0;
 }
 
@@ -23,29 +29,26 @@ inline void write_row(const float* from, index_t n, const Operand<std::int8_t>& 
     auto* const bytes = reinterpret_cast<std::int8_t*>(to.words + row * to.stride);
     for (index_t j0 = 0, g = 0; j0 < n; j0 += int8_group, ++g) {
         const index_t j1 = std::min(n, j0 + int8_group);
-        S::vec most = {}, doubt = {};
+        S::bits most = {};  // magnitudes of floats are ordered like their bits, infinity and NaN above all numbers
         for (index_t j = j0; j < j1; j += lanes) {
-            const S::vec v = load_some(from + j, std::min(lanes, j1 - j));
-            const S::vec size = v < S::vec{} ? -v : v;
+            const S::vec v = load_some(from + j, j1 - j);
+            S::bits size;
+            std::memcpy(&size, &v, sizeof size);
+            size &= 0x7fffffffu;
             most = size > most ? size : most;
-            doubt += v - v;  // 0, or NaN
         }
-        float largest = 0, unsure = 0;
-        for (index_t lane = 0; lane < lanes; ++lane) {
-            largest = std::max(largest, most[lane]);
-            unsure += doubt[lane];
-        }
-        const bool finite = unsure == 0;
+        std::uint32_t largest_bits = 0;
+        for (index_t lane = 0; lane < lanes; ++lane) largest_bits = std::max(largest_bits, most[lane]);
+        const bool finite = largest_bits < 0x7f800000u;
+        const float largest = std::bit_cast<float>(largest_bits);
         const float inverse = finite && largest > 0 ? 127.0f / largest : 0.0f;
         S::ints total = {};
         for (index_t j = j0; j < j1; j += lanes) {
-            const index_t here = std::min(lanes, j1 - j);
-            const S::vec v = finite ? load_some(from + j, here) * inverse : S::vec{};
+            const S::vec v = finite ? load_some(from + j, j1 - j) * inverse : S::vec{};
             // The nearest integer: adding and taking away 1.5 * 2^23 leaves no fraction.
             const S::ints q = __builtin_convertvector((v + 12582912.0f) - 12582912.0f, S::ints);
             total += q;
-            const auto narrow = __builtin_convertvector(q, S::bytes);
-            std::memcpy(bytes + j, &narrow, static_cast<std::size_t>(here));
+            store_narrow(bytes + j, __builtin_convertvector(q, S::bytes), j1 - j);
         }
         std::int32_t sum = 0;
         for (index_t lane = 0; lane < lanes; ++lane) sum += total[lane];

@@ -4,7 +4,7 @@
 inline constexpr int panel_vectors = 2;
 /// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
 template <class T>
-inline constexpr int register_rows = (vector_registers == 32 ? 12 : 6) / Format<T>::registers;
+inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
 
 /// Columns of a panel.
 template <class T>
@@ -70,57 +70,66 @@ template <class T, int Rows, int Panels, class Sums, class Pointers>
     }
 }
 
-/// The tile of int8: integers within a group, then floats: c += sum over groups of a_scale b_scale (their dot products).
+/// One line for a step that brings nearer up to a line, two for one that must keep up with a single tile.
+[[gnu::always_inline]] inline void bring_nearer(const char* next, index_t stride) {
+    __builtin_prefetch(next, 0, 2);
+    if (stride > 64) __builtin_prefetch(next + 64, 0, 2);
+}
+
+/// The tile of int8: integers within a group, then c += a_scale b_scale (their dot products). The registers are full of
+/// integers, so the floats wait in c.
 template <int Rows, int Panels>
 void grouped_tile(const TileCall<std::int8_t>& call) {
     using F = Format<std::int8_t>;
     using S = Simd<float>;
     constexpr int lanes = S::lanes, vectors = panel_vectors * Panels, pointers = (Rows + 2) / 3;
 
-    S::vec sum[Rows][vectors] = {};
-    if (call.add) {
-#pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) sum[r][v] = load(call.c + r * call.c_row + v * lanes);
-    }
     const F::word *a[pointers], *b = call.b;
 #pragma GCC unroll 4
     for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
-    const index_t a_row = call.a_row, b_panel = call.b_panel;
+    // Copies: what is written to c could be the call, for all that the compiler knows.
+    const index_t a_row = call.a_row, b_panel = call.b_panel, c_row = call.c_row, steps = call.steps;
+    const index_t groups = call.groups, b_groups = call.b_groups, next_stride = call.next_stride;
+    const float *a_scale = call.a_scale, *b_scale = call.b_scale;
+    const std::int32_t* a_begin = call.a_begin;
     const char* next = call.next;
-    for (index_t begin = 0, g = 0; begin < call.steps; begin += F::group_steps, ++g) {
+    float* const c = call.c;
+    if (!call.add) {
+        for (int r = 0; r < Rows; ++r)
+            for (int v = 0; v < vectors; ++v) store(c + r * c_row + v * lanes, S::vec{});
+    }
+    for (index_t begin = 0; begin < steps; begin += F::group_steps, ++a_scale, ++a_begin) {
         F::words whole[Rows][vectors];
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v)
-                whole[r][v] = F::words{} + static_cast<F::word>(call.a_begin[r * call.groups + g]);
-        const index_t end = std::min(call.steps, begin + F::group_steps);
+            for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
+        const index_t end = std::min(steps, begin + F::group_steps);
         for (index_t p = begin; p < end; ++p) {
-            __builtin_prefetch(next, 0, 2);
-            next += call.next_stride;
+            bring_nearer(next, next_stride);
+            next += next_stride;
             tile_step<std::int8_t, Rows, Panels>(whole, a, a_row, b, b_panel);
 #pragma GCC unroll 4
             for (int i = 0; i < pointers; ++i) ++a[i];
             b += panel_vectors * lanes;
         }
+        S::vec scale[vectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
-            const float* const scales = call.b_scale + v / panel_vectors * call.b_groups;
-            const auto scale = load(scales + (g * panel_vectors + v % panel_vectors) * lanes);
+        for (int v = 0; v < vectors; ++v)
+            scale[v] = load(b_scale + v / panel_vectors * b_groups + v % panel_vectors * lanes);
+        b_scale += panel_vectors * lanes;
 #pragma GCC unroll 12
-            for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
+            const float of_row = a_scale[r * groups];
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) {
                 S::ints integers;
                 std::memcpy(&integers, &whole[r][v], sizeof integers);
-                sum[r][v] += __builtin_convertvector(integers, S::vec) * (call.a_scale[r * call.groups + g] * scale);
+                float* const to = c + r * c_row + v * lanes;
+                store(to, load(to) + __builtin_convertvector(integers, S::vec) * (of_row * scale[v]));
             }
         }
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) store(call.c + r * call.c_row + v * lanes, sum[r][v]);
 }
 
 /// The tile of every other format.
@@ -141,11 +150,11 @@ void plain_tile(const TileCall<T>& call) {
     const typename F::word *a[pointers], *b = call.b;
 #pragma GCC unroll 4
     for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
-    const index_t a_row = call.a_row, a_step = call.a_step, b_panel = call.b_panel;
+    const index_t a_row = call.a_row, a_step = call.a_step, b_panel = call.b_panel, next_stride = call.next_stride;
     const char* next = call.next;
     for (index_t p = 0; p < call.steps; ++p) {
-        __builtin_prefetch(next, 0, 2);
-        next += call.next_stride;
+        bring_nearer(next, next_stride);
+        next += next_stride;
         tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
 #pragma GCC unroll 4
         for (int i = 0; i < pointers; ++i) a[i] += a_step;
