@@ -9,9 +9,11 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/instruction_sets.hpp"
 #include "steelyard/core/bytes.hpp"
 
 using namespace steelyard;
+using testing::instruction_sets;
 
 TEST_CASE("The plan has the same bits for any number of threads, and for more tokens than blocks of the sort") {
     // 64 blocks of 1024 tokens is where blocks grow instead of getting more.
@@ -118,13 +120,6 @@ struct PlanCase {
     [[nodiscard]] index_t filled() const { return plan.offsets(experts); }
     [[nodiscard]] std::vector<T> all(const view<T, 2>& v) const { return {v.data, v.data + v.extents[0] * stride}; }
 };
-
-std::vector<Isa> instruction_sets() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::compiled, Isa::avx2, Isa::avx512, Isa::avx512_dot})
-        if (has_isa(isa)) all.push_back(isa);
-    return all;
-}
 
 template <class T>
 void check_combine(PlanCase<T>& made, Isa isa, bool weighted, Write write) {

@@ -159,3 +159,21 @@ TEST_CASE("Merged experts with no tokens; refusals") {
     batch.x[1] = std::numeric_limits<double>::quiet_NaN();
     CHECK(rig.forward(batch).tensor() == "logits of segment 0");
 }
+
+TEST_CASE("Packed experts are not merged: what cannot be read is refused, and a copy beside the matrices changes no bit") {
+    using Single = MoE<float, MergeExperts, SwiGlu, NoBalance>;
+    const SwiGlu expert{4};
+    Rig<Single> rig({.shape = shape, .expert = expert}), plain({.shape = shape, .expert = expert});
+    const Batch<float> batch(9, 5, 2);
+    auto args = rig.forward_args(batch);
+    auto& experts = args.params.experts;
+    const Bytes bytes(expert.packed_bytes<float>(Cpu{}, shape));
+    REQUIRE(expert.pack<float>(Cpu{}, shape, experts, bytes.span()).ok());
+    experts.packed = {bytes.data(), bytes.size()};
+    REQUIRE(plain.forward(batch).ok());
+    REQUIRE(rig.layer.forward({}, args).message() == "ok");
+    CHECK(same_bits(rig.y, plain.y));
+    experts.down.data = nullptr;
+    CHECK(rig.layer.forward({}, args).message() ==
+          "steelyard: layer.forward: params.experts.down: expected a tensor of [3, 5, 4], came a null pointer");
+}

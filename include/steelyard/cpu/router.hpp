@@ -39,6 +39,7 @@ struct router_ops<Cpu> {
     // Fixed cuts of the work: they never depend on the number of threads.
     static constexpr index_t select_block = cpu::select_block;  // tokens
     static constexpr index_t logits_block = 192;                // tokens: what one product packs at once
+    static constexpr index_t logits_experts = 16;               // experts, where tokens are few; a multiple of 4
     static constexpr index_t width_block = 128;                 // columns of x, in the gradient of the weights
     static constexpr index_t expert_block = 128;                // experts, in the gradient of the weights
     static constexpr index_t token_block = 256;  // tokens brought into it at once, one block after the other
@@ -53,26 +54,38 @@ struct router_ops<Cpu> {
                        view<T, 2> logits, std::byte* scratch) {
         const index_t tokens = x.extents[0], width = x.extents[1], experts = weight.extents[0];
         const Philox jitter_stream = noise.jitter_stream(), noise_stream = noise.noise_stream();
-        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, logits_block), [&](index_t task, int thread) {
-            const Scratch<T> own(scratch, thread, width, experts);
-            const index_t begin = task * logits_block, end = std::min(tokens, begin + logits_block);
-            view<const T, 2> input = x.slice(begin, end);
-            if (noise.jitter != 0.0) {
-                view<T, 2> copy(own.block, end - begin, width);
-                for (index_t t = begin; t < end; ++t)
-                    cpu::detail::jitter_row(noise, jitter_stream, t, width, 0, width, &x(t, 0), &copy(t - begin, 0));
-                input = copy;
-            }
-            cpu::gemm_nt<T>(input, weight, logits.slice(begin, end), cpu::Write::assign, own.gemm);
-            if (noise.noise == 0.0) return;
-            for (index_t t = begin; t < end; ++t)
-                for (index_t j = 0; j < experts; j += 4) {
-                    const auto added =
-                        noise.logit_noise(noise_stream, noise.position(t), static_cast<std::uint64_t>(j / 4), experts);
-                    for (index_t i = 0; i < std::min<index_t>(4, experts - j); ++i)
-                        logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
+        const index_t at_once = experts_at_once(device, tokens, width, experts, noise);
+        const index_t expert_tasks = std::max<index_t>(1, cpu::detail::tasks_of(experts, at_once));
+        cpu::parallel_for(
+            device, cpu::detail::tasks_of(tokens, logits_block) * expert_tasks, [&](index_t task, int thread) {
+                const Scratch<T> own(scratch, thread, width, experts);
+                const index_t begin = task / expert_tasks * logits_block, end = std::min(tokens, begin + logits_block);
+                const index_t first = task % expert_tasks * at_once, last = std::min(experts, first + at_once);
+                view<const T, 2> input = x.slice(begin, end);
+                if (noise.jitter != 0.0) {
+                    view<T, 2> copy(own.block, end - begin, width);
+                    for (index_t t = begin; t < end; ++t)
+                        cpu::detail::jitter_row(noise, jitter_stream, t, width, 0, width, &x(t, 0),
+                                                &copy(t - begin, 0));
+                    input = copy;
                 }
-        });
+                cpu::with_kernels(device.isa, [&](auto kernels) {
+                    using Kernels = decltype(kernels);
+                    constexpr auto room = Kernels::template logits_room<T> * static_cast<index_t>(sizeof(T));
+                    static_assert(room <= cpu::gemm_scratch_bytes<T>());
+                    Kernels::template logits<T>(input, weight.slice(first, last),
+                                                tile(logits, begin, end - begin, first, last - first),
+                                                reinterpret_cast<T*>(own.gemm));
+                });
+                if (noise.noise == 0.0) return;
+                for (index_t t = begin; t < end; ++t)
+                    for (index_t j = first; j < last; j += 4) {
+                        const auto added = noise.logit_noise(noise_stream, noise.position(t),
+                                                             static_cast<std::uint64_t>(j / 4), experts);
+                        for (index_t i = 0; i < std::min<index_t>(4, last - j); ++i)
+                            logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
+                    }
+            });
     }
 
     template <class T>
@@ -144,8 +157,8 @@ struct router_ops<Cpu> {
         cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int) {
             const index_t begin = task * select_block, end = std::min(tokens, begin + select_block);
             if constexpr (sizeof(T) == 4) {
-                cpu::with_kernels(
-                    device.isa, [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
+                cpu::with_kernels(device.isa,
+                                  [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
             } else {
                 for (index_t t = begin; t < end; ++t) {
                     T* const out = &grad.logits(t, 0);
@@ -171,6 +184,16 @@ struct router_ops<Cpu> {
     }
 
 private:
+    /// Experts of one task of `logits`: all of them, unless there are fewer blocks of tokens than threads, and work
+    /// worth a thread's start, some ten microseconds of it. A weight is read whole even for a single token, which then
+    /// costs as much as eight. Each task would draw jitter anew.
+    static index_t experts_at_once(const Cpu& device, index_t tokens, index_t width, index_t experts,
+                                   const RouterNoise& noise) {
+        const bool cut = noise.jitter == 0.0 && cpu::detail::tasks_of(tokens, logits_block) < device.threads &&
+                         (tokens + 8) * width * experts >= index_t{1} << 20;
+        return cut ? logits_experts : std::max<index_t>(1, experts);
+    }
+
     template <class T>
     static index_t select_bytes(index_t experts) {
         return bytes_of<cpu::detail::SelectRows<T>>(experts) + bytes_of<cpu::SelectColumns<T>>(experts);

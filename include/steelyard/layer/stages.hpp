@@ -10,6 +10,7 @@
 #include "steelyard/layer/check.hpp"
 #include "steelyard/layer/memory.hpp"
 #include "steelyard/ops/balance_ops.hpp"
+#include "steelyard/ops/expert_ops.hpp"
 
 namespace steelyard {
 
@@ -94,23 +95,25 @@ protected:
         const auto& routed = dims_.routed.config();
         if (Status s = check_bundle(stage, "params.router", Absent::refused, params.router, routed.router, routed.shape); !s)
             return s;
-        if (Status s = check_experts(stage, "params.experts", params.experts, routed, purpose); !s) return s;
+        // Merged experts are made of the matrices.
+        constexpr bool merges = requires { Types::Routed::merges_experts; };
+        if (Status s = check_experts<!merges>(stage, "params.experts", params.experts, routed, purpose); !s) return s;
         if constexpr (Parts::has_shared) {
             const auto& beside = dims_.shared.config();
-            if (Status s = check_experts(stage, "params.shared", params.shared, beside, purpose); !s) return s;
+            if (Status s = check_experts<true>(stage, "params.shared", params.shared, beside, purpose); !s) return s;
             return check_bundle(stage, "params.shared_router", Absent::refused, params.shared_router, beside.router,
                                 beside.shape);
         }
         return {};
     }
-    template <class Bundle, class Of>
+    template <bool ReadsPacked, class Bundle, class Of>
     Status check_experts(std::string_view stage, std::string_view name, const Bundle& params, const Of& of,
                          [[maybe_unused]] PackedFor purpose) const {
         Absent matrices = Absent::refused;
         if constexpr (requires { params.packed; }) {
             if (params.packed.present()) {
                 if (Status s = of.expert.template check_packed<T>(of.device, stage, name, of.shape, params); !s) return s;
-                if (of.expert.template packed_serves<T>(of.device, params, purpose)) matrices = Absent::fine;
+                if (ReadsPacked && of.expert.template packed_serves<T>(of.device, params, purpose)) matrices = Absent::fine;
             }
         }
         return check_bundle(stage, name, matrices, params, of.expert, of.shape);

@@ -112,6 +112,8 @@ class MergedMixture {
 
 public:
     static constexpr bool has_routing = false, takes_overflow = false;
+    /// Reads the experts' matrices: a packed copy does not stand in for them.
+    static constexpr bool merges_experts = true;
 
     explicit MergedMixture(const Config& config) : config_(config), merged_(config.shape) {
         merged_.experts = std::max<index_t>(1, config.router.segments(config.shape));

@@ -2,6 +2,7 @@
 
 #include "steelyard/cpu/kernels/vector.inl"
 #include "steelyard/cpu/kernels/rows.inl"
+#include "steelyard/cpu/kernels/logits.inl"
 #include "steelyard/cpu/kernels/score.inl"
 #include "steelyard/cpu/kernels/choose.inl"
 #include "steelyard/cpu/kernels/select.inl"
@@ -17,4 +18,4 @@
 #include "steelyard/cpu/kernels/ffn.inl"
 
 /// The kernels that code outside calls, through with_kernels.
-struct Kernels : RowKernels, RouterKernels, ExpertKernels {};
+struct Kernels : RowKernels, LogitsKernels, RouterKernels, ExpertKernels {};

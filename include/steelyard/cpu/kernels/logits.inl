@@ -1,0 +1,208 @@
+// The router's logits: dot products of rows with rows, both read where they are.
+//
+// A register holds neighbouring elements of one row, so nothing is packed: a weight that few tokens meet is read once,
+// at the speed of memory. Every lane of a dot product is one chain of multiply-adds by ascending depth, and the lanes are
+// added up by one tree; missing lanes of the last vector are zeros. So an element's bits come from its two rows alone,
+// whatever the shape of the tile, its place in it, and the block.
+
+/// Tokens and experts of a tile: their sums, and one vector of each token or expert, fill the registers.
+inline constexpr int dot_tokens = vector_registers == 32 ? 6 : 3, dot_experts = 4;
+/// Experts that a single token meets at once: independent chains enough to hide the latency of each.
+inline constexpr int dot_experts_alone = 8;
+
+/// What a block covers. Its rows stay in the second cache, whatever their length, and a tile's rows in the first: rows
+/// that lie a power of two apart share its sets, which has ways enough for the rows of two tiles.
+inline constexpr index_t dot_block_tokens = 48, dot_block_experts = 32;
+template <class T>
+inline constexpr index_t dot_block_depth = 4096 / static_cast<index_t>(sizeof(T));
+
+/// Elements that wait for the rest of a depth above dot_block_depth.
+template <class T>
+inline constexpr index_t dot_room = dot_block_tokens * dot_block_experts * Simd<T>::lanes;
+static_assert(dot_block_tokens % dot_tokens == 0 && dot_block_experts % dot_experts_alone == 0);
+
+namespace part {
+
+/// Of units of lanes, within each span of lanes: those of `a` and then of `b` at even places, or those at odd ones.
+template <class T, int Span, int Unit, int Odd, std::size_t... I>
+[[gnu::always_inline]] inline typename Simd<T>::vec every_other(typename Simd<T>::vec a, typename Simd<T>::vec b,
+                                                                std::index_sequence<I...>) {
+    constexpr int half = Span / Unit / 2, lanes = Simd<T>::lanes;
+    constexpr auto lane = [](int i) {
+        const int place = i % Span / Unit;
+        return place / half * lanes + i / Span * Span + (2 * (place % half) + Odd) * Unit + i % Unit;
+    };
+    return __builtin_shufflevector(a, b, lane(static_cast<int>(I))...);
+}
+
+/// Lane i: the sum of all lanes of v[i], neighbours first. `Added` lanes have been so far. Shuffles within 16 bytes come
+/// first: most vectors are there then, and those shuffles are the cheap ones.
+template <class T, int Added = 1, int Count>
+[[gnu::always_inline]] inline typename Simd<T>::vec add_lanes(const typename Simd<T>::vec (&v)[Count]) {
+    constexpr int lanes = Simd<T>::lanes, sixteen_bytes = 16 / static_cast<int>(sizeof(T));
+    if constexpr (Added == lanes) {
+        return v[0];
+    } else {
+        constexpr int span = Added < sixteen_bytes ? sixteen_bytes : lanes;
+        constexpr int unit = Added < sixteen_bytes ? 1 : sixteen_bytes;
+        constexpr auto all = std::make_index_sequence<lanes>{};
+        typename Simd<T>::vec half[(Count + 1) / 2];
+#pragma GCC unroll 8
+        for (int i = 0; i < Count; i += 2) {
+            const auto a = v[i], b = v[i + 1 < Count ? i + 1 : i];
+            half[i / 2] = every_other<T, span, unit, 0>(a, b, all) + every_other<T, span, unit, 1>(a, b, all);
+        }
+        return add_lanes<T, Added * 2>(half);
+    }
+}
+
+/// Rows of a tile. Those that are missing repeat the last one, and their results are dropped.
+template <class T, int Rows>
+struct DotRows {
+    const T* row[Rows];
+
+    DotRows(const view<const T, 2>& matrix, index_t first, index_t last) {
+        for (index_t i = 0; i < Rows; ++i) row[i] = matrix.data + std::min(first + i, last - 1) * matrix.strides[0];
+    }
+};
+
+/// sum[t][e] += a vector of x[t] times one of weight[e]. The side with fewer rows waits in registers.
+template <class T, int Tokens, int Experts, class Load>
+[[gnu::always_inline]] inline void dot_step(typename Simd<T>::vec (&sum)[Tokens * Experts], const T* const (&x)[Tokens],
+                                            const T* const (&weight)[Experts], Load&& load_of) {
+    using vec = typename Simd<T>::vec;
+    if constexpr (Tokens < Experts) {
+        vec left[Tokens];
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) left[t] = load_of(x[t]);
+#pragma GCC unroll 8
+        for (int e = 0; e < Experts; ++e) {
+            const vec right = load_of(weight[e]);
+#pragma GCC unroll 8
+            for (int t = 0; t < Tokens; ++t) sum[t * Experts + e] += left[t] * right;
+        }
+    } else {
+        vec right[Experts];
+#pragma GCC unroll 8
+        for (int e = 0; e < Experts; ++e) right[e] = load_of(weight[e]);
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) {
+            const vec left = load_of(x[t]);
+#pragma GCC unroll 8
+            for (int e = 0; e < Experts; ++e) sum[t * Experts + e] += left * right[e];
+        }
+    }
+}
+
+/// Depth [begin, end) of a tile. The sums begin with `room` where begin > 0, and go there where `more` is to come;
+/// otherwise their lanes are added up, into result[t * Experts + e].
+template <class T, int Tokens, int Experts>
+void dot_tile(const DotRows<T, Tokens>& tokens, const DotRows<T, Experts>& experts, index_t begin, index_t end,
+              bool more, T* room, T* result) {
+    using vec = typename Simd<T>::vec;
+    constexpr int lanes = Simd<T>::lanes, sums = Tokens * Experts;
+    const T *x[Tokens], *weight[Experts];
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) x[t] = tokens.row[t];
+#pragma GCC unroll 8
+    for (int e = 0; e < Experts; ++e) weight[e] = experts.row[e];
+    vec sum[sums] = {};
+    if (begin > 0) {
+#pragma GCC unroll 32
+        for (int i = 0; i < sums; ++i) sum[i] = load(room + i * lanes);
+    }
+    index_t j = begin;
+    for (; j + lanes <= end; j += lanes)
+        dot_step<T, Tokens, Experts>(sum, x, weight, [&](const T* row) { return load(row + j); });
+    if (j < end)
+        dot_step<T, Tokens, Experts>(sum, x, weight, [&](const T* row) { return load_some<T>(row + j, end - j); });
+    if (more) {
+#pragma GCC unroll 32
+        for (int i = 0; i < sums; ++i) store(room + i * lanes, sum[i]);
+        return;
+    }
+    constexpr int whole = sums / lanes * lanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < whole; i += lanes) {
+        vec part[lanes];
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes; ++k) part[k] = sum[i + k];
+        store(result + i, add_lanes<T>(part));
+    }
+    if constexpr (whole < sums) {
+        vec part[sums - whole];
+#pragma GCC unroll 16
+        for (int k = 0; k < sums - whole; ++k) part[k] = sum[whole + k];
+        store(result + whole, add_lanes<T>(part));
+    }
+}
+
+/// Elements that a tile writes its results to.
+template <class T, int Sums>
+inline constexpr int dot_results = (Sums + Simd<T>::lanes - 1) / Simd<T>::lanes* Simd<T>::lanes;
+
+/// A rectangle of the logits.
+struct DotBlock {
+    index_t first_token, last_token, first_expert, last_expert, begin, end;
+};
+
+/// The tiles of a few rows of tokens with the experts of a block; returns the room behind them.
+template <class T, int Tokens, int Experts>
+T* dot_tiles(const view<const T, 2>& x, const view<const T, 2>& weight, const view<T, 2>& out, const DotBlock& block,
+             T* room) {
+    alignas(vector_bytes) T result[dot_results<T, Tokens * Experts>];
+    const DotRows<T, Tokens> tokens(x, block.first_token, block.last_token);
+    const bool more = block.end < x.extents[1];
+    for (index_t e = block.first_expert; e < block.last_expert; e += Experts, room += Tokens * Experts * Simd<T>::lanes) {
+        const DotRows<T, Experts> experts(weight, e, block.last_expert);
+        dot_tile<T, Tokens, Experts>(tokens, experts, block.begin, block.end, more, room, result);
+        if (more) continue;
+        const index_t count = std::min<index_t>(Experts, block.last_expert - e);
+        for (index_t t = block.first_token; t < block.last_token; ++t) {
+            T *const to = &out(t, e), *const from = result + (t - block.first_token) * Experts;
+            if (count == Experts)
+                std::memcpy(to, from, Experts * sizeof(T));
+            else
+                std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(T));
+        }
+    }
+    return room;
+}
+
+}  // namespace part
+
+struct LogitsKernels {
+    template <class T>
+    static constexpr index_t logits_room = dot_room<T>;
+
+    /// out[t][e] = <x[t], weight[e]>. `room`: logits_room elements.
+    template <class T>
+    static void logits(const view<const T, 2>& x, const view<const T, 2>& weight, const view<T, 2>& out, T* room) {
+        const index_t tokens = x.extents[0], experts = weight.extents[0], width = x.extents[1];
+        for (index_t t0 = 0; t0 < tokens; t0 += dot_block_tokens)
+            for (index_t e0 = 0; e0 < experts; e0 += dot_block_experts)
+                logits_block(x, weight, out, {t0, std::min(tokens, t0 + dot_block_tokens), e0,
+                                              std::min(experts, e0 + dot_block_experts), 0, width}, room);
+    }
+
+private:
+    /// All depth of a block. One token alone reads each row to its end: nothing would come back to it.
+    template <class T>
+    static void logits_block(const view<const T, 2>& x, const view<const T, 2>& weight, const view<T, 2>& out,
+                             const part::DotBlock& block, T* room) {
+        const index_t width = block.end;
+        const index_t depth = block.last_token - block.first_token == 1 ? std::max<index_t>(1, width) : dot_block_depth<T>;
+        for (index_t p = 0; p == 0 || p < width; p += depth) {
+            T* waiting = room;
+            part::DotBlock part = block;
+            part.begin = p, part.end = std::min(width, p + depth);
+            for (index_t t = block.first_token; t < block.last_token; t += dot_tokens) {
+                part.first_token = t, part.last_token = std::min(block.last_token, t + dot_tokens);
+                if (part.last_token - t == 1)
+                    waiting = part::dot_tiles<T, 1, dot_experts_alone>(x, weight, out, part, waiting);
+                else
+                    waiting = part::dot_tiles<T, dot_tokens, dot_experts>(x, weight, out, part, waiting);
+            }
+        }
+    }
+};
