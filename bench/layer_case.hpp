@@ -3,43 +3,13 @@
 
 #include <benchmark/benchmark.h>
 
-#include <chrono>
 #include <cstdint>
 #include <utility>
 
-#include "limits.hpp"
+#include "shape.hpp"
 #include "steelyard/steelyard.hpp"
 
 namespace steelyard_bench {
-
-using namespace steelyard;
-
-/// Tokens, widths and experts of one measured layer.
-struct Shape {
-    const char* name;
-    index_t tokens, width, hidden, experts;
-    int top_k;
-
-    [[nodiscard]] double forward_flops() const {  // three products of a SwiGLU for each routed row
-        return 6.0 * static_cast<double>(tokens * top_k) * static_cast<double>(width * hidden);
-    }
-};
-
-/// The shapes of the published comparisons that fit this kind of machine.
-inline constexpr Shape shape_a{"A", 4096, 512, 1408, 64, 4};
-inline constexpr Shape shape_b{"B", 2048, 1024, 2816, 8, 2};
-
-inline double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-/// Standard normal values, the same in every run.
-template <class V>
-void fill_normal(const V& tensor, std::uint64_t seed, double scale = 1.0) {
-    const Philox random(seed, Stream::user);
-    for (index_t i = 0; i < tensor.size(); ++i)
-        tensor.data[i] = static_cast<typename V::value_type>(scale * random.normal(static_cast<std::uint64_t>(i)));
-}
 
 /// A float layer of SwiGlu experts behind a softmax router.
 template <class Balance, class Comm = SelfComm>
@@ -54,8 +24,11 @@ public:
                   .expert = {.hidden = shape.hidden},
                   .balance = std::move(balance),
                   .device = {.threads = threads}}),
-          params_memory_(layer_.param_bytes()), grads_memory_(layer_.param_bytes()), state_(layer_.state_bytes()),
-          context_(layer_.context_bytes()), workspace_(layer_.workspace_bytes()),
+          params_memory_(layer_.param_bytes()),
+          grads_memory_(layer_.param_bytes()),
+          state_(layer_.state_bytes()),
+          context_(layer_.context_bytes()),
+          workspace_(layer_.workspace_bytes()),
           tokens_memory_(4 * shape.tokens * shape.width * static_cast<index_t>(sizeof(float))) {
         params_ = layer_.place_params(params_memory_.data());
         layer_.each_param(params_, [seed = std::uint64_t{7}](const std::string&, auto tensor) mutable {
@@ -120,20 +93,6 @@ public:
 private:
     double start_ = now();
 };
-
-/// Counters `GFLOP/s` and `of_fma_peak`: the rate, and its share of the multiply-add peak of the threads used.
-inline void report_flops(benchmark::State& state, const Lap& lap, double flops, int threads) {
-    const double rate = flops * 1e-9 / lap.seconds(state);
-    state.counters["GFLOP/s"] = rate;
-    state.counters["of_fma_peak"] = rate / (limits().fma_gflops_float * threads);
-}
-
-/// Counters `GB/s` and `of_copy`: bytes read and written, and their share of memcpy's rate.
-inline void report_bytes(benchmark::State& state, const Lap& lap, double bytes) {
-    const double rate = bytes * 1e-9 / lap.seconds(state);
-    state.counters["GB/s"] = rate;
-    state.counters["of_copy"] = rate / limits().copy_gbytes;
-}
 
 /// Counter `ns_per_token`.
 inline void report_tokens(benchmark::State& state, const Lap& lap, index_t tokens) {

@@ -1,75 +1,196 @@
 #include "limits.hpp"
 
-#include <benchmark/benchmark.h>
-
 #include <algorithm>
-#include <chrono>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <vector>
+#include <memory>
 
-#include "steelyard/cpu/vector.hpp"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "huge_memory.hpp"
+#include "shape.hpp"
+#include "threads.hpp"
 
 namespace steelyard_bench {
 namespace {
 
-double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+constexpr int chains = 12;  // independent chains of multiply-adds: enough to hide the latency of each
+typedef float Floats __attribute__((vector_size(vector_bytes)));
+typedef double Doubles __attribute__((vector_size(vector_bytes)));
+
+/// The compiler may not know where a value came from, nor drop it.
+template <class Vector>
+void opaque(Vector& value) {
+    asm volatile("" : "+m"(value));
+}
+
+/// Operations of one thread: `rounds` times `chains` vectors.
+template <class Vector, class Element>
+double multiply_add(std::int64_t rounds) {
+    Vector sum[chains] = {}, scale = Vector{} + Element(0.999), step = Vector{} + Element(0.001);
+    opaque(scale), opaque(step);
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int c = 0; c < chains; ++c) sum[c] = sum[c] * scale + step;
+    }
+    for (auto& s : sum) opaque(s);
+    return 2.0 * chains * (sizeof(Vector) / sizeof(Element)) * static_cast<double>(rounds);
+}
+
+double dot_bf16([[maybe_unused]] std::int64_t rounds) {
+#if defined(__AVX512BF16__)
+    __m512 sum[chains] = {};
+    __m512i one = _mm512_set1_epi16(0x3c00);
+    opaque(one);
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int c = 0; c < chains; ++c)
+            sum[c] = _mm512_dpbf16_ps(sum[c], reinterpret_cast<__m512bh>(one), reinterpret_cast<__m512bh>(one));
+    }
+    for (auto& s : sum) opaque(s);
+    return 2.0 * chains * 32 * static_cast<double>(rounds);
+#else
+    return 0;
+#endif
+}
+
+double dot_int8([[maybe_unused]] std::int64_t rounds) {
+#if defined(__AVX512VNNI__)
+    __m512i sum[chains] = {}, one = _mm512_set1_epi8(1);
+    opaque(one);
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int c = 0; c < chains; ++c) sum[c] = _mm512_dpbusd_epi32(sum[c], one, one);
+    }
+    for (auto& s : sum) opaque(s);
+    return 2.0 * chains * 64 * static_cast<double>(rounds);
+#else
+    return 0;
+#endif
+}
+
+void read_block(const Floats* from, std::size_t count) {
+    Floats sum[8] = {};
+    for (std::size_t i = 0; i + 8 <= count; i += 8)
+#pragma GCC unroll 8
+        for (std::size_t j = 0; j < 8; ++j) sum[j] += from[i + j];
+    for (auto& s : sum) opaque(s);
+}
+
+void copy_block(const Floats* from, Floats* to, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+        to[i] = from[i];
+        asm volatile("" ::: "memory");  // keep this loop: memcpy would choose non-temporal stores by itself
+    }
+}
+
+void stream_block(const Floats* from, Floats* to, std::size_t count) {
+#if defined(__AVX512F__)
+    for (std::size_t i = 0; i < count; ++i)
+        _mm512_stream_ps(reinterpret_cast<float*>(to + i), reinterpret_cast<const __m512&>(from[i]));
+    _mm_sfence();
+#else
+    copy_block(from, to, count);
+#endif
+}
+
+constexpr std::size_t block_bytes = std::size_t{256} << 20, block_vectors = block_bytes / sizeof(Floats);
+
+/// Two blocks far larger than the caches, filled once.
+struct Blocks {
+    HugeMemory from{block_bytes}, to{block_bytes};
+    Blocks() {
+        std::fill_n(from.as<float>(), block_bytes / sizeof(float), 1.0f);
+        std::fill_n(to.as<float>(), block_bytes / sizeof(float), 2.0f);
+    }
+};
+const Blocks& blocks() {
+    static const Blocks once;
+    return once;
+}
+
+/// Seconds that `threads` need for body(first, count), each with its part of `count` items.
+template <class Body>
+double timed_parts(int threads, std::size_t count, Body&& body) {
+    const double start = now();
+    on_threads(threads, [&](int thread) {
+        const std::size_t part = count / static_cast<std::size_t>(threads);
+        body(static_cast<std::size_t>(thread) * part, part);
+    });
+    return now() - start;
+}
+
+/// Rate of `threads` that each do `body(rounds)` at the same time; about two milliseconds.
+template <class Body>
+double rate_now(int threads, Body&& body) {
+    constexpr std::int64_t rounds = 600'000;
+    std::vector<double> rates(static_cast<std::size_t>(threads));
+    on_threads(threads, [&](int thread) {
+        const double start = now(), operations = body(rounds);
+        rates[static_cast<std::size_t>(thread)] = operations * 1e-9 / (now() - start);
+    });
+    double sum = 0;
+    for (const double rate : rates) sum += rate;
+    return sum;
 }
 
 template <class Body>
-double best_seconds(int tries, Body&& body) {
-    double best = 1e30;
-    for (int i = 0; i < tries; ++i) {
-        const double start = seconds();
-        body();
-        best = std::min(best, seconds() - start);
-    }
+double best_of(int tries, Body&& body) {
+    double best = 0;
+    for (int i = 0; i < tries; ++i) best = std::max(best, body());
     return best;
 }
 
-/// Independent chains of multiply-adds: enough of them to hide the latency of each.
-template <class T>
-double fma_gflops() {
-    using Simd = steelyard::cpu::Simd<T>;
-    constexpr int chains = 12;
-    constexpr std::int64_t rounds = 4'000'000;
-    typename Simd::vec sum[chains], scale{}, step{};
-    for (int i = 0; i < Simd::lanes; ++i) scale[i] = T(0.999), step[i] = T(0.001);
-    for (auto& s : sum) s = step;
-    const double time = best_seconds(5, [&] {
-        for (std::int64_t r = 0; r < rounds; ++r) {
-#pragma GCC unroll 12
-            for (int c = 0; c < chains; ++c) sum[c] = sum[c] * scale + step;
-        }
-        for (auto& s : sum) benchmark::DoNotOptimize(s);
-    });
-    return 2.0 * chains * Simd::lanes * static_cast<double>(rounds) / time * 1e-9;
-}
-
-Limits measure() {
-    constexpr std::size_t bytes = std::size_t{256} << 20;
-    Limits found;
-    found.fma_gflops_float = fma_gflops<float>();
-    found.fma_gflops_double = fma_gflops<double>();
-    std::vector<std::uint64_t> from(bytes / 8, 1), to(bytes / 8, 2);
-    found.read_gbytes = static_cast<double>(bytes) * 1e-9 / best_seconds(5, [&] {
-        std::uint64_t sum[8] = {};
-        for (std::size_t i = 0; i < from.size(); i += 8)
-            for (std::size_t j = 0; j < 8; ++j) sum[j] += from[i + j];
-        benchmark::DoNotOptimize(sum);
-    });
-    found.copy_gbytes = 2 * static_cast<double>(bytes) * 1e-9 / best_seconds(5, [&] {
-        std::memcpy(to.data(), from.data(), bytes);
-        benchmark::ClobberMemory();
-    });
-    return found;
+Bandwidth bandwidth(int threads) {
+    const auto* from = blocks().from.as<Floats>();
+    auto* to = blocks().to.as<Floats>();
+    constexpr double gbytes = static_cast<double>(block_bytes) * 1e-9;
+    const auto copied = [&](auto&& copy) {
+        return 2 * gbytes / timed_parts(threads, block_vectors, [&](std::size_t first, std::size_t count) {
+                   copy(from + first, to + first, count);
+               });
+    };
+    return {.read_gbytes = best_of(7, [&] { return read_gbytes_now(threads); }),
+            .copy_gbytes = best_of(7, [&] { return copied(copy_block); }),
+            .stream_gbytes = best_of(7, [&] { return copied(stream_block); })};
 }
 
 }  // namespace
 
+double fma_gflops_now(int threads) { return rate_now(threads, multiply_add<Floats, float>); }
+double dot_gflops_bf16_now(int threads) { return rate_now(threads, dot_bf16); }
+double dot_gops_int8_now(int threads) { return rate_now(threads, dot_int8); }
+
+double read_gbytes_now(int threads) {
+    const auto* from = blocks().from.as<Floats>();
+    return static_cast<double>(block_bytes) * 1e-9 /
+           timed_parts(threads, block_vectors,
+                       [&](std::size_t first, std::size_t count) { read_block(from + first, count); });
+}
+
+void evict_caches() { read_block(blocks().from.as<Floats>(), block_vectors / 2); }
+
+Limits measure_limits(const std::vector<int>& threads) {
+    Limits found;
+    found.fma_gflops_float = best_of(15, [] { return fma_gflops_now(1); });
+    found.fma_gflops_double = best_of(15, [] { return rate_now(1, multiply_add<Doubles, double>); });
+    found.dot_gflops_bf16 = best_of(15, [] { return dot_gflops_bf16_now(1); });
+    found.dot_gops_int8 = best_of(15, [] { return dot_gops_int8_now(1); });
+    for (const int count : threads) found.memory[count] = bandwidth(count);
+    return found;
+}
+
 const Limits& limits() {
-    static const Limits found = measure();
+    static const Limits found = measure_limits({1});
     return found;
 }
 

@@ -15,8 +15,8 @@ int main(int argc, char** argv) {
     };
     add("limit: FMA float, GFLOP/s a thread", limits.fma_gflops_float);
     add("limit: FMA double, GFLOP/s a thread", limits.fma_gflops_double);
-    add("limit: read, GB/s a thread", limits.read_gbytes);
-    add("limit: copy, GB/s a thread (read + written)", limits.copy_gbytes);
+    add("limit: read, GB/s a thread", limits.memory.at(1).read_gbytes);
+    add("limit: copy, GB/s a thread (read + written)", limits.memory.at(1).copy_gbytes);
     benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     return 0;

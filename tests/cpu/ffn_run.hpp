@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -37,10 +38,24 @@ struct FfnCase {
 
 std::string text(const FfnCase& c);
 
+/// Memory that begins with a cache line, as that of a layer does.
+template <class T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t line{64};
+
+    LineAllocator() = default;
+    template <class U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), line)); }
+    void deallocate(T* memory, std::size_t) { ::operator delete(memory, line); }
+    friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
+
 /// An owned tensor. What lies between its rows and behind the last one is NaN.
 template <class T, int Rank>
 struct Tensor {
-    std::vector<T> numbers;
+    std::vector<T, LineAllocator<T>> numbers;
     view<T, Rank> v;
 
     Tensor() = default;

@@ -15,7 +15,7 @@
 namespace steelyard::cpu::detail::expert {
 
 /// Most rows of a tile.
-inline constexpr index_t tile_rows = 256;
+inline constexpr index_t tile_rows = 288;
 /// Rows that the weight gradients gather and add at a time: fixed, because it is part of the order of addition.
 inline constexpr index_t gathered_rows = 384;
 /// Rows of a weight that one task of the weight gradients owns: its other operand is packed once for all of them.

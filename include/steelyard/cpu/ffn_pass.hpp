@@ -83,10 +83,16 @@ protected:
     [[nodiscard]] FfnScratch<T> part(int thread) const {
         return place<FfnScratch<T>>(scratch_.threads.data + thread * bytes_of<FfnScratch<T>>(width_, hidden_), width_, hidden_);
     }
-    /// Rows of a tile: they, their part of the hidden layer and their output share the second-level cache.
+    /// Rows of a tile: what is gathered of them and their output share the second-level cache, and the weights are read
+    /// once for all of them.
     [[nodiscard]] index_t height() const {
-        constexpr index_t elements = (1 << 21) / static_cast<index_t>(sizeof(T)) / 2;
-        return std::clamp<index_t>(elements / (2 * width_ + hidden_block), 48, tile_rows);
+        constexpr index_t bytes = 9 << 17;
+        return std::clamp<index_t>(bytes / static_cast<index_t>(sizeof(T)) / (2 * width_), 48, tile_rows);
+    }
+
+    /// Whether the hidden layer of all rows is more than caches hold.
+    [[nodiscard]] bool past_caches() const {
+        return (plan_.offsets[plan_.experts()] - plan_.offsets[0]) * hidden_ * index_t{sizeof(T)} > past_caches_bytes;
     }
 
     /// Panels of an operand that lie ready in a block, of the layer's elements or of another format.

@@ -157,6 +157,7 @@ struct FfnBackward {
     FfnRows<const T> kept = {};    // [rows, h]
     FfnRows<T> grad = {};         // [rows, h] (=)
     T* inner = nullptr;         // [rows, h] (=)  times the combine weight
+    bool inner_past_caches = false;  // inner is too much to be found in a cache again
     T* along = nullptr;         // [rows, lanes] (+=)  <down^T dout, a>, in lanes
     T* block = nullptr;         // block_elements(rows)
     T* room = nullptr;          // pack_room elements
@@ -178,7 +179,7 @@ struct FinishAhead {
                 const index_t kept = r * call.kept.stride + j, grad = r * call.grad.stride + j;
                 __builtin_prefetch(call.kept.up + kept, 0, 2);
                 __builtin_prefetch(call.grad.up + grad, 1, 2);
-                __builtin_prefetch(call.inner + grad, 1, 2);
+                if (!call.inner_past_caches) __builtin_prefetch(call.inner + grad, 1, 2);
                 if (call.grad.gate == nullptr) continue;
                 __builtin_prefetch(call.kept.gate + kept, 0, 2);
                 __builtin_prefetch(call.grad.gate + grad, 1, 2);
@@ -191,6 +192,8 @@ template <class Function, class T>
 void finish_backward(const Function& function, const FfnBackward<T>& call, index_t j0, index_t j1, const T* dinner,
                      index_t dinner_row) {
     constexpr index_t lanes = Simd<T>::lanes;
+    const bool stream = call.inner_past_caches && part::streams(call.inner + j0, lanes) &&
+                        part::streams(call.inner + call.grad.stride, lanes);
     for (index_t r = 0; r < call.rows; ++r, dinner += dinner_row) {
         const T weight = call.weight[r];
         const T* const up = call.kept.up + r * call.kept.stride;
@@ -204,7 +207,10 @@ void finish_backward(const Function& function, const FfnBackward<T>& call, index
                 const auto d = load(dinner + (j - j0));
                 const auto g = function.gradient(load(gate + j), load(up + j), weight * d);
                 along += d * g.value;
-                store<T>(inner + j, weight * g.value);
+                if (stream)
+                    part::stream<T>(inner + j, weight * g.value);
+                else
+                    store<T>(inner + j, weight * g.value);
                 store<T>(dup + j, g.dup);
                 if constexpr (Function::gated) store<T>(dgate + j, g.dgate);
             } else {

@@ -56,66 +56,76 @@ template <class T, int Added = 1, int Count>
     }
 }
 
-/// Rows of a tile. Those that are missing repeat the last one, and their results are dropped.
+/// Rows of a tile, from some column on. Those that are missing repeat the last one, and their results are dropped.
 template <class T, int Rows>
 struct DotRows {
     const T* row[Rows];
 
-    DotRows(const view<const T, 2>& matrix, index_t first, index_t last) {
-        for (index_t i = 0; i < Rows; ++i) row[i] = matrix.data + std::min(first + i, last - 1) * matrix.strides[0];
+    [[gnu::always_inline]] DotRows(const view<const T, 2>& matrix, index_t first, index_t last, index_t column) {
+        const T* from = matrix.data + first * matrix.strides[0] + column;
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) {
+            row[i] = from;
+            if (first + i + 1 < last) from += matrix.strides[0];
+        }
     }
 };
 
+/// Or compilers load it again for each multiply-add, which reads no register for it, and the units for loads fall behind.
+template <class Vector>
+[[gnu::always_inline]] inline void keep_in_register([[maybe_unused]] Vector& v) {
+#if defined(__x86_64__)
+    if constexpr (vector_bytes > 16) asm("" : "+v"(v));
+#endif
+}
+
 /// sum[t][e] += a vector of x[t] times one of weight[e]. The side with fewer rows waits in registers.
 template <class T, int Tokens, int Experts, class Load>
-[[gnu::always_inline]] inline void dot_step(typename Simd<T>::vec (&sum)[Tokens * Experts], const T* const (&x)[Tokens],
-                                            const T* const (&weight)[Experts], Load&& load_of) {
+[[gnu::always_inline]] inline void dot_step(typename Simd<T>::vec (&sum)[Tokens * Experts], const DotRows<T, Tokens>& x,
+                                            const DotRows<T, Experts>& weight, Load&& load_of) {
     using vec = typename Simd<T>::vec;
     if constexpr (Tokens < Experts) {
         vec left[Tokens];
 #pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) left[t] = load_of(x[t]);
+        for (int t = 0; t < Tokens; ++t) left[t] = load_of(x.row[t]);
 #pragma GCC unroll 8
         for (int e = 0; e < Experts; ++e) {
-            const vec right = load_of(weight[e]);
+            vec right = load_of(weight.row[e]);
+            if constexpr (Tokens > 1) keep_in_register(right);
 #pragma GCC unroll 8
             for (int t = 0; t < Tokens; ++t) sum[t * Experts + e] += left[t] * right;
         }
     } else {
         vec right[Experts];
 #pragma GCC unroll 8
-        for (int e = 0; e < Experts; ++e) right[e] = load_of(weight[e]);
+        for (int e = 0; e < Experts; ++e) right[e] = load_of(weight.row[e]);
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) {
-            const vec left = load_of(x[t]);
+            vec left = load_of(x.row[t]);
+            keep_in_register(left);
 #pragma GCC unroll 8
             for (int e = 0; e < Experts; ++e) sum[t * Experts + e] += left * right[e];
         }
     }
 }
 
-/// Depth [begin, end) of a tile. The sums begin with `room` where begin > 0, and go there where `more` is to come;
-/// otherwise their lanes are added up, into result[t * Experts + e].
+/// A tile, up to `depth`, which is where the rows begin behind its last whole vector. The sums begin with `room` where
+/// some depth has been `before`, and go there where `more` is to come; otherwise their lanes are added up, into
+/// result[t * Experts + e].
 template <class T, int Tokens, int Experts>
-void dot_tile(const DotRows<T, Tokens>& tokens, const DotRows<T, Experts>& experts, index_t begin, index_t end,
-              bool more, T* room, T* result) {
+[[gnu::always_inline]] inline void dot_tile(const DotRows<T, Tokens>& x, const DotRows<T, Experts>& weight,
+                                            index_t depth, bool before, bool more, T* room, T* result) {
     using vec = typename Simd<T>::vec;
     constexpr int lanes = Simd<T>::lanes, sums = Tokens * Experts;
-    const T *x[Tokens], *weight[Experts];
-#pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) x[t] = tokens.row[t];
-#pragma GCC unroll 8
-    for (int e = 0; e < Experts; ++e) weight[e] = experts.row[e];
     vec sum[sums] = {};
-    if (begin > 0) {
+    if (before) {
 #pragma GCC unroll 32
         for (int i = 0; i < sums; ++i) sum[i] = load(room + i * lanes);
     }
-    index_t j = begin;
-    for (; j + lanes <= end; j += lanes)
-        dot_step<T, Tokens, Experts>(sum, x, weight, [&](const T* row) { return load(row + j); });
-    if (j < end)
-        dot_step<T, Tokens, Experts>(sum, x, weight, [&](const T* row) { return load_some<T>(row + j, end - j); });
+    for (index_t j = -(depth / lanes * lanes); j < 0; j += lanes)
+        dot_step<T, Tokens, Experts>(sum, x, weight, [j](const T* row) { return load(row + j); });
+    if (const index_t some = depth % lanes; some > 0)
+        dot_step<T, Tokens, Experts>(sum, x, weight, [some](const T* row) { return load_some<T>(row, some); });
     if (more) {
 #pragma GCC unroll 32
         for (int i = 0; i < sums; ++i) store(room + i * lanes, sum[i]);
@@ -150,12 +160,15 @@ struct DotBlock {
 template <class T, int Tokens, int Experts>
 T* dot_tiles(const view<const T, 2>& x, const view<const T, 2>& weight, const view<T, 2>& out, const DotBlock& block,
              T* room) {
+    constexpr index_t lanes = Simd<T>::lanes;
     alignas(vector_bytes) T result[dot_results<T, Tokens * Experts>];
-    const DotRows<T, Tokens> tokens(x, block.first_token, block.last_token);
-    const bool more = block.end < x.extents[1];
-    for (index_t e = block.first_expert; e < block.last_expert; e += Experts, room += Tokens * Experts * Simd<T>::lanes) {
-        const DotRows<T, Experts> experts(weight, e, block.last_expert);
-        dot_tile<T, Tokens, Experts>(tokens, experts, block.begin, block.end, more, room, result);
+    const index_t depth = block.end - block.begin, behind = block.begin + depth / lanes * lanes;
+    const bool before = block.begin > 0, more = block.end < x.extents[1];
+    const DotRows<T, Tokens> tokens(x, block.first_token, block.last_token, behind);
+    for (index_t e = block.first_expert; e < block.last_expert; e += Experts) {
+        const DotRows<T, Experts> experts(weight, e, block.last_expert, behind);
+        dot_tile<T, Tokens, Experts>(tokens, experts, depth, before, more, room, result);
+        room += Tokens * Experts * lanes;
         if (more) continue;
         const index_t count = std::min<index_t>(Experts, block.last_expert - e);
         for (index_t t = block.first_token; t < block.last_token; ++t) {
