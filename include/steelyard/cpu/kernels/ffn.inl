@@ -119,6 +119,7 @@ void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
                        });
         }
     }
+    if (call.kept_past_caches) part::end_stream();
 }
 
 /// out (= or +=, where `begin` is not 0) inner [rows, begin to end] times those rows of `down`, over its panels.
@@ -256,6 +257,7 @@ void ffn_backward_hidden(const FfnBackward<T>& call) {
                        });
         }
     }
+    if (call.inner_past_caches) part::end_stream();
 }
 
 /// Products and feed-forward experts, for code outside.
