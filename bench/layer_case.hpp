@@ -67,13 +67,6 @@ public:
                                           .workspace = workspace_}));
     }
 
-    [[nodiscard]] const Layer& layer() const { return layer_; }
-    [[nodiscard]] std::span<std::byte> context() const { return context_; }
-    [[nodiscard]] std::span<std::byte> state() const { return state_; }
-    [[nodiscard]] view<const float, 2> x() const { return x_; }
-    [[nodiscard]] view<const float, 2> dy() const { return dy_; }
-    [[nodiscard]] const typename Layer::Params& params() const { return params_; }
-
 private:
     Comm comm_;
     Layer layer_;

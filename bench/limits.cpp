@@ -166,6 +166,13 @@ Bandwidth bandwidth(int threads) {
 
 }  // namespace
 
+void copy_ordinary(const void* from, void* to, std::size_t bytes) {
+    copy_block(static_cast<const Floats*>(from), static_cast<Floats*>(to), bytes / sizeof(Floats));
+}
+void copy_streaming(const void* from, void* to, std::size_t bytes) {
+    stream_block(static_cast<const Floats*>(from), static_cast<Floats*>(to), bytes / sizeof(Floats));
+}
+
 double fma_gflops_now(int threads) { return rate_now(threads, multiply_add<Floats, float>); }
 double dot_gflops_bf16_now(int threads) { return rate_now(threads, dot_bf16); }
 double dot_gops_int8_now(int threads) { return rate_now(threads, dot_int8); }

@@ -1,6 +1,7 @@
 // What this machine can do at most, measured in the same run as everything else.
 #pragma once
 
+#include <cstddef>
 #include <map>
 #include <vector>
 
@@ -35,6 +36,10 @@ double fma_gflops_now(int threads);
 double dot_gflops_bf16_now(int threads);
 double dot_gops_int8_now(int threads);
 double read_gbytes_now(int threads);
+
+/// Copies by ordinary and by non-temporal stores; both pointers are aligned to 64 bytes, and so is `bytes`.
+void copy_ordinary(const void* from, void* to, std::size_t bytes);
+void copy_streaming(const void* from, void* to, std::size_t bytes);
 
 /// Reads so much that nothing of before is left in the caches.
 void evict_caches();

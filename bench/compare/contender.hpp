@@ -47,7 +47,7 @@ public:
 struct Entry {
     std::string name;     ///< of the column
     std::string version;  ///< of the library, with what it was told
-    int place = 0;        ///< ours is 0, and the columns follow in ascending order; below 10 is ours in another way
+    int place = 0;        ///< of the column: ours is 0, its variants are below 10, peers follow
     std::function<bool(const Case&)> supports;
     std::function<std::unique_ptr<Contender>(const Model&, const Case&)> make;
 

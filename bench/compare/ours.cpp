@@ -27,8 +27,12 @@ private:
     HugeMemory memory_;
 };
 
-std::unique_ptr<Contender> packed(const Model& model, const Case& of) { return std::make_unique<Ours>(model, of, true); }
-std::unique_ptr<Contender> plain(const Model& model, const Case& of) { return std::make_unique<Ours>(model, of, false); }
+std::unique_ptr<Contender> packed(const Model& model, const Case& of) {
+    return std::make_unique<Ours>(model, of, true);
+}
+std::unique_ptr<Contender> plain(const Model& model, const Case& of) {
+    return std::make_unique<Ours>(model, of, false);
+}
 
 const Registration registered[] = {
     Registration({.name = "Steelyard",

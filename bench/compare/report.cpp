@@ -36,16 +36,16 @@ std::vector<std::string> columns() {
     return names;
 }
 
-/// Ours against the fastest other, by medians: above 1 we are faster.
+/// Ours against the fastest peer, by medians: above 1 we are faster.
 std::string against_best_peer(const CaseResult& result) {
     double best = 0;
-    const Measured* const ours = result.find(entries().front().name);
     for (const Entry& entry : entries()) {
-        const Measured* const one = entry.is_ours() ? nullptr : result.find(entry.name);
-        if (one == nullptr || one->seconds.empty()) continue;
-        const double seconds = spread_of(one->seconds).median;
+        const Measured* const peer = entry.place < 10 ? nullptr : result.find(entry.name);
+        if (peer == nullptr || peer->seconds.empty()) continue;
+        const double seconds = spread_of(peer->seconds).median;
         best = best == 0 ? seconds : std::min(best, seconds);
     }
+    const Measured* const ours = result.find(entries().front().name);
     if (ours == nullptr || ours->seconds.empty() || best == 0) return "";
     return number(best / spread_of(ours->seconds).median, 2);
 }

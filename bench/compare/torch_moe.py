@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The layer in PyTorch, for steelyard_compare: reads commands and numbers, answers with seconds and numbers.
 
-Two ways of computing the experts: "loop", over the experts that have tokens, as in Hugging Face's models, and "grouped",
-torch's grouped_mm over tokens sorted by expert. The router is a linear layer with softmax, top-k and renormalised weights;
-in training the load-balancing loss is added as there. Float or bfloat16; nothing is compiled.
+Two ways of computing the experts: "loop", over the experts that have tokens, as in Hugging Face's models, and
+"grouped", torch's grouped_mm over tokens sorted by expert. The router is a linear layer with softmax, top-k and
+renormalised weights; in training the load-balancing loss is added as there. Float or bfloat16; nothing is compiled.
 """
 
+import ctypes
 import os
 import sys
 import time
@@ -18,6 +19,16 @@ source = sys.stdin.buffer
 sink = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what others print must not get into the answers
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def openblas():
+    """OpenBLAS, where this PyTorch computes with one: it has threads of its own, which torch.set_num_threads misses."""
+    with open("/proc/self/maps") as maps:
+        paths = {line.split()[-1] for line in maps if "openblas" in line or "libblas" in line}
+    for library in map(ctypes.CDLL, sorted(paths)):
+        if hasattr(library, "openblas_set_num_threads"):
+            return library
+    return None
 
 
 def answer(text):
@@ -127,6 +138,11 @@ class Layer:
 
 
 def main():
+    blas = openblas()
+    if blas and blas.openblas_get_parallel() == 1 and "OMP_WAIT_POLICY" not in os.environ:
+        # Two sets of threads that spin as they wait would be in each other's way: begin again with one that sleeps.
+        os.dup2(sink.fileno(), 1)
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "passive"})
     answer(f"{torch.__version__}")
     answer("grouped" if grouped_mm else "no grouped_mm")
     layer = None
@@ -140,6 +156,8 @@ def main():
         elif command == "batch":
             sets, tokens, top_k, threads, train = map(int, arguments)
             torch.set_num_threads(threads)
+            if blas:
+                blas.openblas_set_num_threads(threads)
             layer.begin(sets, tokens, top_k, bool(train))
             answer("ready")
         elif command == "forward":

@@ -45,7 +45,8 @@ FfnRun<T>::FfnRun(const FfnCase& of) : c(of) {
     for (index_t e = 0; e < E; ++e) {
         plan.offsets(e) = r;
         for (std::size_t i = 0; i < expert_of.size(); ++i)
-            if (expert_of[i] == e) row[i] = static_cast<std::int32_t>(r), plan.choice(r++) = static_cast<std::int32_t>(i);
+            if (expert_of[i] == e)
+                row[i] = static_cast<std::int32_t>(r), plan.choice(r++) = static_cast<std::int32_t>(i);
     }
     plan.offsets(E) = r;
 
@@ -108,10 +109,9 @@ template <class T>
 void FfnRun<T>::backward(const Cpu& device, const FfnWeights<const T>& with, view<const T, 2> combine,
                          view<T, 2> dcombine, const FfnWeights<T>& to) {
     const view<T, 2> absent;
-    expert_ops<Cpu>::ffn_backward<T>(device, c.function, with, x.v, plan,
-                                     FfnKept<const T>{c.gated ? kept_gate.v : absent, kept_up.v}, combine, dy.v,
-                                     {c.gated ? work_gate.v : absent, work_up.v, inner.v}, drows.v, dcombine, to,
-                                     scratch(device));
+    expert_ops<Cpu>::ffn_backward<T>(
+        device, c.function, with, x.v, plan, FfnKept<const T>{c.gated ? kept_gate.v : absent, kept_up.v}, combine, dy.v,
+        {c.gated ? work_gate.v : absent, work_up.v, inner.v}, drows.v, dcombine, to, scratch(device));
 }
 
 template <class T>

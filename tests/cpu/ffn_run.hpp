@@ -158,7 +158,8 @@ bool same_bits(const Tensor<T, Rank>& a, const Tensor<T, Rank>& b) {
            std::memcmp(a.numbers.data(), b.numbers.data(), a.numbers.size() * sizeof(T)) == 0;
 }
 
-/// The largest |a - b| over the largest |b|, or over 1 if that is more; infinite where one is NaN, being not written, and the other is not.
+/// The largest |a - b| over the largest |b|, or over 1 if that is more; infinite where one is NaN, being not written,
+/// and the other is not.
 template <class T, int Rank>
 double difference(const Tensor<T, Rank>& a, const Tensor<double, Rank>& b) {
     double worst = a.numbers.size() == b.numbers.size() ? 0 : std::numeric_limits<double>::infinity(), largest = 1;

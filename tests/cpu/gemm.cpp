@@ -82,7 +82,8 @@ index_t a_columns(Form f, index_t m, index_t k) { return f == Form::tn ? m : k; 
 index_t b_rows(Form f, index_t n, index_t k) { return f == Form::nt ? n : k; }
 index_t b_columns(Form f, index_t n, index_t k) { return f == Form::nt ? k : n; }
 
-/// Whether the kernels round a product and its addition once: where the instruction set can, and the compiler optimises.
+/// Whether the kernels round a product and its addition once: where the instruction set can, and the compiler
+/// optimises.
 template <class T>
 bool fused(Isa isa) {
     Matrix<T> a(1, 2), b(2, 1), c(1, 1);
@@ -139,8 +140,9 @@ std::vector<Sizes> awkward_sizes() {
 TEST_CASE_TEMPLATE("an element of a product is one chain of multiply-adds, to the bit, on every instruction set", T,
                    float, double) {
     auto work = scratch<T>();
-    for (const auto& [m, n, k] : awkward_sizes())
+    for (const Sizes& size : awkward_sizes())
         for (const Write write : {Write::assign, Write::add}) {
+            const index_t m = size.m, n = size.n, k = size.k;
             Matrix<T> a(m, k), b(k, n), start(m, n);
             a.normals(1), b.normals(2), start.normals(3);
             std::optional<Matrix<T>> expected[2];

@@ -57,8 +57,8 @@ TEST_CASE("automatic is the best that the machine has, and what is compiled in a
 TEST_CASE("kernels run on the instruction set that is asked for") {
     for (const Isa isa : testing::instruction_sets()) {
         CAPTURE(name_of(isa));
-        const int bytes =
-            cpu::with_kernels(isa, [](auto kernels) { return int(sizeof(float)) * int(decltype(kernels)::template lanes<float>); });
+        const int bytes = cpu::with_kernels(
+            isa, [](auto kernels) { return int(sizeof(float)) * int(decltype(kernels)::template lanes<float>); });
         if (isa == Isa::compiled) CHECK(bytes == cpu::vector_bytes);
         if (isa == Isa::avx2) CHECK(bytes == 32);
         if (isa >= Isa::avx512) CHECK(bytes == 64);

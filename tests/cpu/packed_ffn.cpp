@@ -82,7 +82,8 @@ TEST_CASE_TEMPLATE("the number of threads changes no byte of what is packed", T,
             (void)one.pack({.threads = 1, .isa = isa}, PackedFor::training);
             (void)three.pack({.threads = 3, .isa = isa}, PackedFor::training);
             REQUIRE(one.packed.size() == three.packed.size());
-            CHECK(std::memcmp(one.packed.data(), three.packed.data(), static_cast<std::size_t>(one.packed.size())) == 0);
+            CHECK(std::memcmp(one.packed.data(), three.packed.data(), static_cast<std::size_t>(one.packed.size())) ==
+                  0);
         }
 }
 
@@ -165,8 +166,9 @@ TEST_CASE("other bytes, a block that is too short or misaligned are no packed co
           "steelyard: experts: params.packed: expected a block that pack() wrote, aligned to 64 bytes, came 8 bytes");
     const Bytes moved(all + 64);
     std::memcpy(moved.data() + 8, run.packed.data(), static_cast<std::size_t>(all));
-    CHECK(check(moved.data() + 8, all) == "steelyard: experts: params.packed: expected a block that pack() wrote, "
-                                          "aligned to 64 bytes, came a misaligned pointer");
+    CHECK(check(moved.data() + 8, all) ==
+          "steelyard: experts: params.packed: expected a block that pack() wrote, "
+          "aligned to 64 bytes, came a misaligned pointer");
     const Bytes zeros(all);
     CHECK(check(zeros.data(), all) ==
           "steelyard: experts: params.packed: expected a block that pack() wrote, came other bytes");

@@ -100,8 +100,9 @@ TEST_CASE("a shared expert is packed apart from the routed ones") {
     auto args = rig.forward_args(batch);
     args.params.experts.packed = view_of(routed), args.params.shared.packed = view_of(routed);
     const std::string message = rig.layer.forward({}, args).message();
-    CHECK(message.starts_with("steelyard: layer.forward: params.shared.packed: expected 1 experts of width 21, hidden 34, "
-                              "not gated, elements of 4 bytes, "));
+    CHECK(message.starts_with(
+        "steelyard: layer.forward: params.shared.packed: expected 1 experts of width 21, hidden 34, "
+        "not gated, elements of 4 bytes, "));
     CHECK(message.find(", came 5 experts of width 21, hidden 19, gated, elements of 4 bytes, ") != std::string::npos);
 }
 
@@ -139,17 +140,20 @@ struct Packed {
         return forward([&](auto& experts) { experts.packed = view_of(other); });
     }
     Bytes of(const SwiGlu& other, const LayerShape& other_shape) const {
-        const Bytes memory(static_cast<index_t>(sizeof(float)) * 3 * other_shape.experts * other.hidden * other_shape.width);
+        const Bytes memory(static_cast<index_t>(sizeof(float)) * 3 * other_shape.experts * other.hidden *
+                           other_shape.width);
         auto* const data = reinterpret_cast<const float*>(memory.data());
         const index_t e = other_shape.experts, h = other.hidden, d = other_shape.width;
-        return packed({}, other, other_shape, {{data, e, h, d}, {data + e * h * d, e, h, d}, {data + 2 * e * h * d, e, d, h}},
+        return packed({}, other, other_shape,
+                      {{data, e, h, d}, {data + e * h * d, e, h, d}, {data + 2 * e * h * d, e, d, h}},
                       PackedFor::inference);
     }
 };
 
 /// The sizes that a packed copy of the layer's has, and those that came instead.
 std::string sizes(index_t experts, index_t width, index_t hidden) {
-    return std::to_string(experts) + " experts of width " + std::to_string(width) + ", hidden " + std::to_string(hidden);
+    return std::to_string(experts) + " experts of width " + std::to_string(width) + ", hidden " +
+           std::to_string(hidden);
 }
 void check_names(const std::string& message, const std::string& wanted, const std::string& came) {
     CAPTURE(message);
@@ -172,7 +176,8 @@ TEST_CASE("forward refuses packed experts of other sizes and other bytes, and le
 
     const std::string block = "a block that pack() wrote";
     check_names(p.forward_with(Bytes(p.bytes.size())), block, "other bytes");
-    check_names(p.forward([](auto& experts) { experts.packed.extents[0] = 16; }), block + ", aligned to 64 bytes", "16 bytes");
+    check_names(p.forward([](auto& experts) { experts.packed.extents[0] = 16; }), block + ", aligned to 64 bytes",
+                "16 bytes");
     check_names(p.forward([](auto& experts) { experts.packed.extents[0] -= 1; }),
                 "at least " + std::to_string(p.bytes.size()) + " bytes", std::to_string(p.bytes.size() - 1));
     const Bytes moved(p.bytes.size() + 64);
@@ -195,7 +200,8 @@ TEST_CASE("forward refuses packed experts of another gating, element, format or 
                       others = ", panels of " + std::to_string(2 * header.panel) + " columns";
     const std::string wanted = sizes(5, 21, 19) + ", gated, elements of 4 bytes";
     check_names(with([](auto& h) { h.gated = 0; }), wanted + panels, sizes(5, 21, 19) + ", not gated");
-    check_names(with([](auto& h) { h.element = 8; }), wanted + panels, sizes(5, 21, 19) + ", gated, elements of 8 bytes");
+    check_names(with([](auto& h) { h.element = 8; }), wanted + panels,
+                sizes(5, 21, 19) + ", gated, elements of 8 bytes");
     check_names(with([](auto& h) { h.panel *= 2; }), wanted + panels, wanted + others);
     check_names(with([](auto& h) { h.format = 9; }), "a format of PackedFormat", "9");
     check_names(with([](auto& h) { h.format = -1; }), "a format of PackedFormat", "-1");
@@ -222,8 +228,7 @@ TEST_CASE("matrices may be absent where the packed copy does without them, and b
     using Biased = MoE<float, TopK, Mlp, SynchronizedLoss>;
     const Mlp expert{.hidden = 6, .activation = Activation::relu, .bias = true};
     Rig<Biased> rig({.shape = shape, .router = {.k = 2}, .expert = expert});
-    const Bytes bytes =
-        packed({}, expert, shape, rig.layer.read_only_params(rig.params).experts, PackedFor::inference);
+    const Bytes bytes = packed({}, expert, shape, rig.layer.read_only_params(rig.params).experts, PackedFor::inference);
     auto forward = rig.forward_args(p.batch);
     forward.params.experts.packed = view_of(bytes);
     without_matrices(forward.params.experts);
@@ -233,20 +238,22 @@ TEST_CASE("matrices may be absent where the packed copy does without them, and b
           "steelyard: layer.forward: params.experts.up_bias: expected a tensor of [5, 6], came a null pointer");
 }
 
-TEST_CASE("pack refuses memory that is too small or misaligned, absent matrices, and formats for inference in training") {
+TEST_CASE(
+    "pack refuses memory that is too small or misaligned, absent matrices, and formats for inference in training") {
     Packed p;
     const auto params = p.rig.layer.read_only_params(p.rig.params).experts;
     const Bytes block(p.bytes.size() + 64);
     const auto size = static_cast<std::size_t>(p.bytes.size());
-    const auto pack = [&](std::size_t offset, std::size_t bytes, const auto& from, PackedFormat format, PackedFor purpose) {
+    const auto pack = [&](std::size_t offset, std::size_t bytes, const auto& from, PackedFormat format,
+                          PackedFor purpose) {
         return p.expert.pack<float>(Cpu{}, shape, from, block.span().subspan(offset, bytes), format, purpose).message();
     };
     const PackedFormat full = PackedFormat::full;
     const PackedFor inference = PackedFor::inference;
     CHECK(pack(0, size, params, full, inference) == "ok");
-    CHECK(pack(0, size - 1, params, full, inference) ==
-          "steelyard: expert.pack: packed: expected at least " + std::to_string(size) + " bytes, came " +
-              std::to_string(size - 1));
+    CHECK(pack(0, size - 1, params, full, inference) == "steelyard: expert.pack: packed: expected at least " +
+                                                            std::to_string(size) + " bytes, came " +
+                                                            std::to_string(size - 1));
     CHECK(pack(4, size, params, full, inference).starts_with("steelyard: expert.pack: packed: expected "));
     auto absent = params;
     absent.down.data = nullptr;

@@ -92,8 +92,6 @@ TEST_CASE("ranks at different micro-steps, steps or layers are told so instead o
 }
 
 TEST_CASE("a state of another layer, or of the same policies in another order, is refused") {
-    auto other = config();
-    other.layer = 1;
     const MoE<double, TopK, Mlp, SynchronizedLoss> zero({.shape = config().shape, .router = {.k = 1}, .expert = {2}});
     const MoE<double, TopK, Mlp, SynchronizedLoss> one(
         {.shape = config().shape, .router = {.k = 1}, .expert = {2}, .layer = 1});

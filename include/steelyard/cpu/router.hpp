@@ -36,9 +36,10 @@ inline index_t tasks_of(index_t items, index_t block) { return (items + block - 
 
 template <>
 struct router_ops<Cpu> {
-    // Fixed cuts of the work: they never depend on the number of threads.
+    // Fixed cuts of the work: they never depend on the number of threads, but for those of logits, whose bits no cut
+    // changes.
     static constexpr index_t select_block = cpu::select_block;  // tokens
-    static constexpr index_t logits_block = 192;                // tokens: what one product packs at once
+    static constexpr index_t logits_block = 192;                // tokens of one product
     static constexpr index_t logits_experts = 16;               // experts, where tokens are few; a multiple of 4
     static constexpr index_t width_block = 128;                 // columns of x, in the gradient of the weights
     static constexpr index_t expert_block = 128;                // experts, in the gradient of the weights
@@ -53,39 +54,29 @@ struct router_ops<Cpu> {
     static void logits(const Cpu& device, view<const T, 2> x, view<const T, 2> weight, const RouterNoise& noise,
                        view<T, 2> logits, std::byte* scratch) {
         const index_t tokens = x.extents[0], width = x.extents[1], experts = weight.extents[0];
-        const Philox jitter_stream = noise.jitter_stream(), noise_stream = noise.noise_stream();
         const index_t at_once = experts_at_once(device, tokens, width, experts, noise);
-        const index_t expert_tasks = std::max<index_t>(1, cpu::detail::tasks_of(experts, at_once));
-        cpu::parallel_for(
-            device, cpu::detail::tasks_of(tokens, logits_block) * expert_tasks, [&](index_t task, int thread) {
-                const Scratch<T> own(scratch, thread, width, experts);
-                const index_t begin = task / expert_tasks * logits_block, end = std::min(tokens, begin + logits_block);
-                const index_t first = task % expert_tasks * at_once, last = std::min(experts, first + at_once);
-                view<const T, 2> input = x.slice(begin, end);
-                if (noise.jitter != 0.0) {
-                    view<T, 2> copy(own.block, end - begin, width);
-                    for (index_t t = begin; t < end; ++t)
-                        cpu::detail::jitter_row(noise, jitter_stream, t, width, 0, width, &x(t, 0),
-                                                &copy(t - begin, 0));
-                    input = copy;
-                }
-                cpu::with_kernels(device.isa, [&](auto kernels) {
-                    using Kernels = decltype(kernels);
-                    constexpr auto room = Kernels::template logits_room<T> * static_cast<index_t>(sizeof(T));
-                    static_assert(room <= cpu::gemm_scratch_bytes<T>());
-                    Kernels::template logits<T>(input, weight.slice(first, last),
-                                                tile(logits, begin, end - begin, first, last - first),
-                                                reinterpret_cast<T*>(own.gemm));
-                });
-                if (noise.noise == 0.0) return;
-                for (index_t t = begin; t < end; ++t)
-                    for (index_t j = first; j < last; j += 4) {
-                        const auto added = noise.logit_noise(noise_stream, noise.position(t),
-                                                             static_cast<std::uint64_t>(j / 4), experts);
-                        for (index_t i = 0; i < std::min<index_t>(4, last - j); ++i)
-                            logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
-                    }
+        const index_t cuts = cpu::detail::tasks_of(experts, at_once);
+        cpu::parallel_for(device, cpu::detail::tasks_of(tokens, logits_block) * cuts, [&](index_t task, int thread) {
+            const Scratch<T> own(scratch, thread, width, experts);
+            const index_t begin = task / cuts * logits_block, rows = std::min(logits_block, tokens - begin);
+            const index_t first = task % cuts * at_once, columns = std::min(at_once, experts - first);
+            view<const T, 2> input = x.slice(begin, begin + rows);
+            if (noise.jitter != 0.0) {
+                const Philox stream = noise.jitter_stream();
+                const view<T, 2> copy(own.block, rows, width);
+                for (index_t t = 0; t < rows; ++t)
+                    cpu::detail::jitter_row(noise, stream, begin + t, width, 0, width, &input(t, 0), &copy(t, 0));
+                input = copy;
+            }
+            const view<T, 2> out = tile(logits, begin, rows, first, columns);
+            cpu::with_kernels(device.isa, [&](auto kernels) {
+                using Kernels = decltype(kernels);
+                static_assert(Kernels::template logits_room<T> * sizeof(T) <= cpu::gemm_scratch_bytes<T>());
+                Kernels::template logits<T>(input, weight.slice(first, first + columns), out,
+                                            reinterpret_cast<T*>(own.gemm));
             });
+            if (noise.noise != 0.0) add_noise(noise, begin, first, experts, out);
+        });
     }
 
     template <class T>
@@ -157,8 +148,8 @@ struct router_ops<Cpu> {
         cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int) {
             const index_t begin = task * select_block, end = std::min(tokens, begin + select_block);
             if constexpr (sizeof(T) == 4) {
-                cpu::with_kernels(device.isa,
-                                  [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
+                cpu::with_kernels(
+                    device.isa, [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
             } else {
                 for (index_t t = begin; t < end; ++t) {
                     T* const out = &grad.logits(t, 0);
@@ -192,6 +183,19 @@ private:
         const bool cut = noise.jitter == 0.0 && cpu::detail::tasks_of(tokens, logits_block) < device.threads &&
                          (tokens + 8) * width * experts >= index_t{1} << 20;
         return cut ? logits_experts : std::max<index_t>(1, experts);
+    }
+
+    /// For the token and the expert that `logits` begins with; the latter is a multiple of 4.
+    template <class T>
+    static void add_noise(const RouterNoise& noise, index_t token, index_t expert, index_t experts, view<T, 2> logits) {
+        const Philox stream = noise.noise_stream();
+        for (index_t t = 0; t < logits.extents[0]; ++t)
+            for (index_t j = 0; j < logits.extents[1]; j += 4) {
+                const auto added = noise.logit_noise(stream, noise.position(token + t),
+                                                     static_cast<std::uint64_t>((expert + j) / 4), experts);
+                for (index_t i = 0; i < std::min<index_t>(4, logits.extents[1] - j); ++i)
+                    logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
+            }
     }
 
     template <class T>

@@ -10,13 +10,6 @@
 
 namespace steelyard {
 
-/// Whether forward of X can do without `kept`.
-template <class X>
-[[nodiscard]] constexpr bool kept_is_optional() {
-    if constexpr (requires { X::kept_is_optional; }) return X::kept_is_optional;
-    return false;
-}
-
 namespace detail::expert {
 
 /// A device in name only, so that an expert can be checked against the concept without one.

@@ -10,6 +10,13 @@
 
 namespace steelyard {
 
+/// Whether forward of an expert X can do without `kept`.
+template <class X>
+[[nodiscard]] constexpr bool kept_is_optional() {
+    if constexpr (requires { X::kept_is_optional; }) return X::kept_is_optional;
+    return false;
+}
+
 /// The policies that a mixture composes, their values, and what it sees of one call.
 template <class Element, class RouterT, class OverflowT, class ExpertT, class DeviceT, bool keep>
 struct MixtureTypes {
