@@ -25,8 +25,8 @@ struct FfnKernels {
     template <class T>
     static void ffn_pack(const Cpu& device, PackedFormat format, PackedFor purpose, const FfnWeights<const T>& weights,
                          std::byte* packed) {
-        const PackedHeader header = header_of<T>(device, format, purpose, weights.up.extents[0],
-                                                 weights.up.extents[2], weights.up.extents[1], weights.gate.present());
+        const PackedHeader header = header_of<T>(device, format, purpose, weights.up.extents[0], weights.up.extents[2],
+                                                 weights.up.extents[1], weights.gate.present());
         const auto to = place<PackedFfn>(packed, header);
         to.header[0] = header;
         with_format<T>(device, format, [&](auto kernels, auto tag) {
@@ -38,8 +38,9 @@ struct FfnKernels {
     [[nodiscard]] static Status ffn_check_packed(const Cpu& device, std::string_view stage, std::string_view name,
                                                  view<const std::byte, 1> packed, index_t experts, index_t width,
                                                  index_t hidden, bool gated) {
-        return check_packed(stage, name, packed, header_of<T>(device, PackedFormat::full, PackedFor::inference, experts, width,
-                                                        hidden, gated));
+        return check_packed(
+            stage, name, packed,
+            header_of<T>(device, PackedFormat::full, PackedFor::inference, experts, width, hidden, gated));
     }
 
     [[nodiscard]] static bool ffn_packed_serves(view<const std::byte, 1> packed, PackedFor purpose) {
@@ -75,8 +76,7 @@ struct FfnKernels {
                              std::byte* scratch) {
         with_kernels(device.isa, [&](auto kernels) {
             using Pass = detail::expert::FfnBackwardPass<decltype(kernels), T>;
-            Pass(device, function, weights, plan, scratch)
-                .run(x, kept, weight, dy, grad_rows, drows, dweight, grads);
+            Pass(device, function, weights, plan, scratch).run(x, kept, weight, dy, grad_rows, drows, dweight, grads);
         });
     }
 
@@ -94,12 +94,19 @@ private:
     }
 
     template <class T>
-    [[nodiscard]] static PackedHeader header_of(const Cpu& device, PackedFormat format, PackedFor purpose, index_t experts,
-                                                index_t width, index_t hidden, bool gated) {
+    [[nodiscard]] static PackedHeader header_of(const Cpu& device, PackedFormat format, PackedFor purpose,
+                                                index_t experts, index_t width, index_t hidden, bool gated) {
         const index_t panel =
             with_kernels(device.isa, [](auto kernels) { return decltype(kernels)::template panel_columns<T>; });
-        return {PackedHeader::expected_magic, static_cast<std::int64_t>(format), sizeof(T), panel, experts, width,
-                hidden, gated ? 1 : 0, purpose == PackedFor::training ? 1 : 0};
+        return {PackedHeader::expected_magic,
+                static_cast<std::int64_t>(format),
+                sizeof(T),
+                panel,
+                experts,
+                width,
+                hidden,
+                gated ? 1 : 0,
+                purpose == PackedFor::training ? 1 : 0};
     }
 };
 

@@ -59,7 +59,8 @@ view<T, 2> columns(view<T, 2> matrix, index_t begin, index_t end) {
     return matrix;
 }
 
-/// panel[r - begin] = from[token of row r], for rows [begin, end) of the plan. Returns the panel's part that was written.
+/// panel[r - begin] = from[token of row r], for rows [begin, end) of the plan. Returns the panel's part that was
+/// written.
 template <class T>
 view<const T, 2> gather(const Plan<>& plan, view<const T, 2> from, index_t begin, index_t end, view<T, 2> panel) {
     const index_t width = from.extents[1], top_k = plan.top_k();

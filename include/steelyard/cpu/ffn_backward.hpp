@@ -9,9 +9,9 @@ namespace steelyard::cpu::detail::expert {
 template <class Kernels, class T>
 class FfnBackwardPass : FfnPass<Kernels, T> {
     using Base = FfnPass<Kernels, T>;
-    using typename Base::Right;
     using Base::device_, Base::function_, Base::weights_, Base::plan_, Base::packed_, Base::gated_, Base::hidden_,
         Base::width_, Base::lanes, Base::part, Base::height, Base::matrix, Base::fetch;
+    using typename Base::Right;
 
 public:
     FfnBackwardPass(const Cpu& device, const FfnFunction& function, const FfnWeights<const T>& weights,
@@ -26,7 +26,7 @@ public:
 
 private:
     [[nodiscard]] Right backward_matrix(view<std::byte, 2> panels, view<const T, 3> of, index_t e, index_t depth,
-                                               index_t columns) const {
+                                        index_t columns) const {
         return panels.present() ? this->template stored<T>(panels, e, depth, columns, false) : matrix(of, e, false);
     }
 
@@ -76,12 +76,12 @@ private:
     }
 
     /// dweight += <dy, output>, from its lanes and the bias that is part of the output.
-    void add_along(index_t e, index_t begin, view<const T, 2> dout, const FfnScratch<T>& own, view<T, 2> dweight) const {
+    void add_along(index_t e, index_t begin, view<const T, 2> dout, const FfnScratch<T>& own,
+                   view<T, 2> dweight) const {
         if (!dweight.present()) return;
         for (index_t r = 0; r < dout.extents[0]; ++r) {
             T along = Kernels::sum(own.along.data + r * lanes);
-            if (weights_.down_bias.present())
-                along += Kernels::dot(&dout(r, 0), &weights_.down_bias(e, 0), width_);
+            if (weights_.down_bias.present()) along += Kernels::dot(&dout(r, 0), &weights_.down_bias(e, 0), width_);
             add_weight_gradient(plan_, dweight, begin + r, along);
         }
     }
@@ -117,11 +117,13 @@ private:
         const index_t i0 = block_begin(hidden_, block), i1 = block_begin(hidden_, block + 1);
         const auto dup = columns(view<const T, 2>(grad_rows.up.slice(r0, r1)), i0, i1);
         const auto dgate = gated_ ? columns(view<const T, 2>(grad_rows.gate.slice(r0, r1)), i0, i1) : dup;
-        for_panels(r0, r1, width_, own, [&](index_t r) { return &x(plan_.choice[r] / plan_.top_k(), 0); },
-                   grads.up.present() || (gated_ && grads.gate.present()), [&](index_t j0, index_t n) {
-                       if (grads.up.present()) add_product(dup, grads.up[e], i0, i1, j0, n, own);
-                       if (gated_ && grads.gate.present()) add_product(dgate, grads.gate[e], i0, i1, j0, n, own);
-                   });
+        for_panels(
+            r0, r1, width_, own, [&](index_t r) { return &x(plan_.choice[r] / plan_.top_k(), 0); },
+            grads.up.present() || (gated_ && grads.gate.present()),
+            [&](index_t j0, index_t n) {
+                if (grads.up.present()) add_product(dup, grads.up[e], i0, i1, j0, n, own);
+                if (gated_ && grads.gate.present()) add_product(dgate, grads.gate[e], i0, i1, j0, n, own);
+            });
         add_rows<T>(dup, grads.up_bias, e, i0);
         if (gated_) add_rows<T>(dgate, grads.gate_bias, e, i0);
     }
@@ -130,8 +132,9 @@ private:
                   const FfnGradRows<T>& grad_rows, const FfnWeights<T>& grads, const FfnScratch<T>& own) const {
         const index_t i0 = block_begin(width_, block), i1 = block_begin(width_, block + 1);
         const auto dout = gather(plan_, columns(dy, i0, i1), r0, r1, own.width);
-        for_panels(r0, r1, hidden_, own, [&](index_t r) { return &grad_rows.inner(r, 0); }, grads.down.present(),
-                   [&](index_t j0, index_t n) { add_product(dout, grads.down[e], i0, i1, j0, n, own); });
+        for_panels(
+            r0, r1, hidden_, own, [&](index_t r) { return &grad_rows.inner(r, 0); }, grads.down.present(),
+            [&](index_t j0, index_t n) { add_product(dout, grads.down[e], i0, i1, j0, n, own); });
         if (grads.down_bias.present())
             for (index_t r = 0; r < r1 - r0; ++r)
                 for (index_t i = i0; i < i1; ++i)

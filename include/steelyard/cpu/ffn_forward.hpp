@@ -60,8 +60,8 @@ private:
         if constexpr (std::is_same_v<T, F>) {
             right.pack(0, right.panels(), 0, right.depth, reinterpret_cast<T*>(to));
         } else {
-            const PackedSource source{{right.from[0], right.from[1]}, right.stride, right.depth, right.columns,
-                                      right.paired};
+            const PackedSource source{
+                {right.from[0], right.from[1]}, right.stride, right.depth, right.columns, right.paired};
             if constexpr (std::is_same_v<F, bf16>)
                 pack_bf16(source, header, to);
             else
@@ -69,8 +69,8 @@ private:
         }
     }
 
-    /// Columns of the hidden layer that a tile computes at once: few rows have room for more of them, and `down` is then
-    /// read in longer runs.
+    /// Columns of the hidden layer that a tile computes at once: few rows have room for more of them, and `down` is
+    /// then read in longer runs.
     [[nodiscard]] index_t block_columns(index_t rows) const {
         const index_t most = part(0).hidden.size() / rows - row_gap<T>;
         const index_t wanted = (hidden_ + hidden_block - 1) / hidden_block;
@@ -120,7 +120,7 @@ private:
     void run_by_columns(const Tiling& tiling, view<const T, 2> x, const FfnKept<T>& kept, view<T, 2> rows) const {
         const index_t first = plan_.offsets[0], tiles = tiling.tiles();
         // Calls body(call, first panel, last panel) on every tile, cut to a dozen tasks for each thread.
-        const auto each = [&](auto Forward::* operand, auto&& body) {
+        const auto each = [&](auto Forward::*operand, auto&& body) {
             const index_t parts = std::max<index_t>(1, 12 * device_.threads / std::max<index_t>(1, tiles));
             parallel_for(device_, tiles * parts, [&](index_t task, int thread) {
                 const RowTile tile = tiling.tile(task / parts);

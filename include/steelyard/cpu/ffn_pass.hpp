@@ -10,8 +10,8 @@
 
 namespace steelyard::cpu::detail::expert {
 
-/// Columns of the hidden layer that forward computes before it goes on into `down`: with the rows of a tile they stay in
-/// the second-level cache.
+/// Columns of the hidden layer that forward computes before it goes on into `down`: with the rows of a tile they stay
+/// in the second-level cache.
 inline constexpr index_t hidden_block = 512;
 /// Elements between the end of a gathered row and the next: rows at a power of two would share few sets of the cache.
 template <class T>
@@ -47,15 +47,15 @@ struct FfnScratch {
         field("along", along, tile_rows, row_gap<T>);
         field("weight", weight, tile_rows);
         field("slab", slab, gathered_rows * 16);
-        field("room", room, std::min(std::max(widest_pack_room<T>, gathered_panels<T>),
-                                     std::max(widest, gathered_rows) * widest));
+        field("room", room,
+              std::min(std::max(widest_pack_room<T>, gathered_panels<T>), std::max(widest, gathered_rows) * widest));
     }
 };
 
 /// The scratch of a call.
 template <class T>
 struct FfnCallScratch {
-    view<T, 2> inner;           // [split_rows, h]
+    view<T, 2> inner;  // [split_rows, h]
     view<std::byte, 1> threads;
 
     template <class Field>
@@ -74,14 +74,19 @@ protected:
 
     FfnPass(const Cpu& device, const FfnFunction& function, const FfnWeights<const T>& weights, const Plan<>& plan,
             std::byte* scratch)
-        : device_(device), function_(function), weights_(weights), plan_(plan), packed_(packed_ffn(weights.packed)),
+        : device_(device),
+          function_(function),
+          weights_(weights),
+          plan_(plan),
+          packed_(packed_ffn(weights.packed)),
           gated_(packed_.header.present() ? packed_.header[0].gated != 0 : weights.gate.present()),
           hidden_(packed_.header.present() ? packed_.header[0].hidden : weights.up.extents[1]),
           width_(packed_.header.present() ? packed_.header[0].width : weights.up.extents[2]),
           scratch_(place<FfnCallScratch<T>>(scratch, index_t{std::max(device.threads, 1)}, width_, hidden_)) {}
 
     [[nodiscard]] FfnScratch<T> part(int thread) const {
-        return place<FfnScratch<T>>(scratch_.threads.data + thread * bytes_of<FfnScratch<T>>(width_, hidden_), width_, hidden_);
+        return place<FfnScratch<T>>(scratch_.threads.data + thread * bytes_of<FfnScratch<T>>(width_, hidden_), width_,
+                                    hidden_);
     }
     /// Rows of a tile: what is gathered of them and their output share the second-level cache, and the weights are read
     /// once for all of them.
@@ -132,7 +137,8 @@ protected:
 
     /// Rows [begin, end) of x or dy: one in place, several side by side.
     [[nodiscard]] view<const T, 2> fetch(view<const T, 2> from, index_t begin, index_t end, view<T, 2> panel) const {
-        if (end - begin == 1) return from.slice(plan_.choice[begin] / plan_.top_k(), plan_.choice[begin] / plan_.top_k() + 1);
+        if (end - begin == 1)
+            return from.slice(plan_.choice[begin] / plan_.top_k(), plan_.choice[begin] / plan_.top_k() + 1);
         return gather(plan_, from, begin, end, panel);
     }
 

@@ -1,11 +1,11 @@
 // The kernels of the CPU device, compiled once for each instruction set, and the choice between them at run time.
 //
-// The files kernels/*.inl are the one source of all of them. They are read once for each instruction set, in a namespace
-// of its own, with the compiler told to use it; only there is code whose speed depends on the width of a register. So
-// translation units with different -march don't share the name of a kernel, and a program compiled for any x86-64
-// runs at the speed of the machine that it is on. An instruction set that the compiler was told of anyway, or one below,
-// is not compiled again. STEELYARD_CPU_COMPILED_ONLY leaves all others out: for a program that is built where it
-// runs, and compiles faster.
+// The files kernels/*.inl are the one source of all of them. They are read once for each instruction set, in a
+// namespace of its own, with the compiler told to use it; only there is code whose speed depends on the width of a
+// register. So translation units with different -march don't share the name of a kernel, and a program compiled for any
+// x86-64 runs at the speed of the machine that it is on. An instruction set that the compiler was told of anyway, or
+// one below, is not compiled again. STEELYARD_CPU_COMPILED_ONLY leaves all others out: for a program that is built
+// where it runs, and compiles faster.
 //
 // Kernels are static functions of `Kernels`, and know no thread: with_kernels(isa, [&](auto kernels) { ... }).
 #pragma once
@@ -67,8 +67,9 @@ namespace steelyard::cpu {
 template <class T>
 inline constexpr index_t widest_pack_room = pack_room<T> / vector_bytes * 64;
 
-/// Calls body(Kernels) with the kernels of an instruction set, or of the best one that the machine has, for the elements
-/// that a layer computes with. Dot products of fewer bits are no use to them: one instruction set fewer to compile for.
+/// Calls body(Kernels) with the kernels of an instruction set, or of the best one that the machine has, for the
+/// elements that a layer computes with. Dot products of fewer bits are no use to them: one instruction set fewer to
+/// compile for.
 template <class Body>
 decltype(auto) with_kernels([[maybe_unused]] Isa isa, Body&& body) {
 #if defined(STEELYARD_CPU_DISPATCHES)

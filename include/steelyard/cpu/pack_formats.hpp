@@ -62,8 +62,7 @@ inline void pack_int8(const PackedSource& source, const PackedHeader& header, st
                     finite = finite && std::isfinite(row[i]);
                 }
                 const float inverse = finite && most > 0 ? 127.0f / most : 0.0f;
-                scales[(q * groups + g) * width + j] =
-                    finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+                scales[(q * groups + g) * width + j] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
                 for (index_t p = begin / 4; p < (end + 3) / 4; ++p) {
                     std::uint32_t word = 0;
                     for (index_t i = 0; i < 4; ++i) {

@@ -36,7 +36,9 @@ struct PackedHeader {
     }
     /// Words of depth, and scale groups of it.
     [[nodiscard]] index_t steps(index_t depth) const { return (depth + per_word() - 1) / per_word(); }
-    [[nodiscard]] index_t groups(index_t depth) const { return format == 2 ? (depth + int8_group - 1) / int8_group : 0; }
+    [[nodiscard]] index_t groups(index_t depth) const {
+        return format == 2 ? (depth + int8_group - 1) / int8_group : 0;
+    }
 
     /// Bytes of all panels of an operand, then of their scales.
     [[nodiscard]] index_t operand_bytes(index_t depth, index_t columns, bool paired) const {

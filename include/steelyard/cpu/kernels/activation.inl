@@ -1,8 +1,9 @@
-// Activations and their derivatives, a vector at a time. Always inline: what a caller doesn't use is not computed, and no vector goes
-// through memory.
+// Activations and their derivatives, a vector at a time. Always inline: what a caller doesn't use is not computed, and no
+// vector goes through memory.
 //
 // Every element goes through the same vector code, whatever its place in a row (the last lanes are padded), so a
 // result depends on its input alone. The C library's exp is not vectorised and would take longer than the products.
+
 /// exp(x) for x <= 0, to about one unit in the last place; 0 where that would not be a normal number.
 /// The twin of exp_negative (lanes.hpp) for explicit vectors.
 ///

@@ -14,20 +14,20 @@ template <class T, class F = T>
 struct FfnForward {
     FfnFunction function = Activation::relu;
     index_t rows = 0;
-    Operand<F> x = {};                // [rows, d]
-    Right<F> hidden = {};             // [d, h]: gate and up paired, or up alone
-    Right<F> down = {};               // [h, d]
-    const T* gate_bias = nullptr;     // [h], or null
-    const T* up_bias = nullptr;       // [h], or null
-    const T* down_bias = nullptr;     // [d], or null
-    FfnRows<T> kept = {};             // (=), or null
-    bool kept_past_caches = false;    // kept is too much to be found in a cache again
-    T* inner = nullptr;               // [rows, columns of one ffn_hidden] (=), or null
+    Operand<F> x = {};              // [rows, d]
+    Right<F> hidden = {};           // [d, h]: gate and up paired, or up alone
+    Right<F> down = {};             // [h, d]
+    const T* gate_bias = nullptr;   // [h], or null
+    const T* up_bias = nullptr;     // [h], or null
+    const T* down_bias = nullptr;   // [d], or null
+    FfnRows<T> kept = {};           // (=), or null
+    bool kept_past_caches = false;  // kept is too much to be found in a cache again
+    T* inner = nullptr;             // [rows, columns of one ffn_hidden] (=), or null
     index_t inner_row = 0;
-    Operand<F> inner_operand = {};    // room for the same, where F is not T
-    T* out = nullptr;                 // [rows, d] (=), or null
+    Operand<F> inner_operand = {};  // room for the same, where F is not T
+    T* out = nullptr;               // [rows, d] (=), or null
     index_t out_row = 0;
-    T* block = nullptr;               // block_elements(rows)
+    T* block = nullptr;                        // block_elements(rows)
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
 
@@ -68,12 +68,14 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                         (!Function::gated || part::streams(call.kept.gate, lanes));
     for (index_t r = 0; r < call.rows; ++r, block += vectors * lanes)
         for (index_t v = 0; v < vectors; v += step) {
-            const index_t j = (panel * panel_vectors + v) / step * lanes, here = std::min(lanes, call.hidden.columns - j);
+            const index_t j = (panel * panel_vectors + v) / step * lanes,
+                          here = std::min(lanes, call.hidden.columns - j);
             if (here <= 0) break;
             const auto gate = load(block + v * lanes), up = load(block + (v + step - 1) * lanes);
             T* const inner = call.inner + r * call.inner_row + (j - first);
             T* const kept = call.kept.up == nullptr ? nullptr : call.kept.up + r * call.kept.stride + j;
-            T* const kept_gate = kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
+            T* const kept_gate =
+                kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
             if (here == lanes) {
                 if (stream) {
                     part::stream<T>(kept, up);
@@ -106,7 +108,8 @@ void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
             for_panels(call.hidden, call.rows, q0, std::min(last, q0 + together), p0, p1, call.room,
                        [&](index_t q, index_t count, const auto* b, index_t apart, const Ahead& ahead) {
                            // Sums of several panels wait side by side for the next block of the depth.
-                           T* const block = call.block + (depth <= depth_block<F> ? 0 : (q - q0) * call.rows * panel_width<F>);
+                           T* const block =
+                               call.block + (depth <= depth_block<F> ? 0 : (q - q0) * call.rows * panel_width<F>);
                            auto product = tile_of(call.x, p0, call.hidden, q, p0, b, apart, p1 - p0);
                            product.c = block;
                            product.c_row = count * panel_width<F>;
@@ -153,21 +156,21 @@ struct FfnBackward {
     index_t rows = 0;
     const T* dout = nullptr;  // [rows, d]  without the combine weight
     index_t dout_row = 0;
-    const T* weight = nullptr;  // [rows]  combine weights
-    Right<T> down = {};         // [d, h]
-    FfnRows<const T> kept = {};    // [rows, h]
-    FfnRows<T> grad = {};         // [rows, h] (=)
-    T* inner = nullptr;         // [rows, h] (=)  times the combine weight
+    const T* weight = nullptr;       // [rows]  combine weights
+    Right<T> down = {};              // [d, h]
+    FfnRows<const T> kept = {};      // [rows, h]
+    FfnRows<T> grad = {};            // [rows, h] (=)
+    T* inner = nullptr;              // [rows, h] (=)  times the combine weight
     bool inner_past_caches = false;  // inner is too much to be found in a cache again
-    T* along = nullptr;         // [rows, lanes] (+=)  <down^T dout, a>, in lanes
-    T* block = nullptr;         // block_elements(rows)
-    T* room = nullptr;          // pack_room elements
+    T* along = nullptr;              // [rows, lanes] (+=)  <down^T dout, a>, in lanes
+    T* block = nullptr;              // block_elements(rows)
+    T* room = nullptr;               // pack_room elements
 };
 
 namespace part {
 
-/// Brings what finish_backward reads and writes of one panel's columns nearer, for the rows of a tile: the products take
-/// long enough for it to come from memory.
+/// Brings what finish_backward reads and writes of one panel's columns nearer, for the rows of a tile: the products
+/// take long enough for it to come from memory.
 template <class T>
 struct FinishAhead {
     const FfnBackward<T>& call;
@@ -240,14 +243,16 @@ void ffn_backward_hidden(const FfnBackward<T>& call) {
             const index_t p1 = std::min(depth, p0 + depth_block<T>);
             for_panels(call.down, call.rows, q0, std::min(panels, q0 + together), p0, p1, call.room,
                        [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
-                           T* const block = call.block + (depth <= depth_block<T> ? 0 : (q - q0) * call.rows * panel_width<T>);
+                           T* const block =
+                               call.block + (depth <= depth_block<T> ? 0 : (q - q0) * call.rows * panel_width<T>);
                            TileCall<T> product;
                            product.steps = p1 - p0;
                            product.a = call.dout + p0, product.a_row = call.dout_row;
                            product.b = b, product.b_panel = apart;
                            product.c = block, product.c_row = count * panel_width<T>;
                            product.add = p0 > 0;
-                           tiles(call.rows, count, product, ahead, part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
+                           tiles(call.rows, count, product, ahead,
+                                 part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
                            if (p1 < depth) return;
                            with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
                                const index_t j0 = q * panel_width<T>, columns = count * panel_width<T>;

@@ -39,8 +39,8 @@ struct Format<bf16> {
     }
 };
 
-/// Four elements a word. Weights are stored 128 above their value, without sign: the dot products of x86 take one side so.
-/// `beginning` takes that off again.
+/// Four elements a word. Weights are stored 128 above their value, without sign: the dot products of x86 take one side
+/// so. `beginning` takes that off again.
 template <>
 struct Format<std::int8_t> {
     using word = std::uint32_t;

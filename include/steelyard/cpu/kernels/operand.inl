@@ -16,8 +16,7 @@ template <class Vector, class Element>
 inline void write_row(const float* from, index_t n, const Operand<bf16>& to, index_t row) {
     auto* const words = reinterpret_cast<std::uint16_t*>(to.words + row * to.stride);
     constexpr index_t lanes = Simd<float>::lanes;
-    for (index_t j = 0; j < n; j += lanes)
-        store_narrow(words + j, bf16_halves(load_some(from + j, n - j)), n - j);
+    for (index_t j = 0; j < n; j += lanes) store_narrow(words + j, bf16_halves(load_some(from + j, n - j)), n - j);
     if (n % 2 != 0) words[n] = 0;
 }
 

@@ -1,11 +1,11 @@
 // The right operand of a product: panels that lie ready, or columns of matrices that are packed into panels.
 
-/// Words of depth that are packed or multiplied at once: a panel of them and the rows beside it stay in the second-level
-/// cache. Whole groups of int8.
+/// Words of depth that are packed or multiplied at once: a panel of them and the rows beside it stay in the
+/// second-level cache. Whole groups of int8.
 template <class T>
 inline constexpr index_t depth_block = 8192 / static_cast<index_t>(sizeof(typename Format<T>::word));
-/// The same where panels are packed on the way: fewer steps of more columns, so that rows of a matrix are read in pieces
-/// that are worth a visit.
+/// The same where panels are packed on the way: fewer steps of more columns, so that rows of a matrix are read in
+/// pieces that are worth a visit.
 template <class T>
 inline constexpr index_t packed_depth_block = depth_block<T> / 4;
 
@@ -45,8 +45,8 @@ void pack_columns(const T* from, index_t stride, index_t steps, index_t columns,
 }  // namespace part
 
 /// The right operand [depth, columns] of a product. A panel takes its two vectors from neighbouring columns of one
-/// matrix, or, where there are two matrices, one from each: so that a gate and its up meet in one tile. Panels of formats
-/// other than the layer's own are always stored.
+/// matrix, or, where there are two matrices, one from each: so that a gate and its up meet in one tile. Panels of
+/// formats other than the layer's own are always stored.
 template <class T>
 struct Right {
     using word = typename Format<T>::word;
@@ -96,11 +96,11 @@ template <class T>
 
 /// Elements of the room that for_panels packs into.
 template <class T>
-inline constexpr index_t pack_room = 2 * depth_block<T> * panel_width<T>;
+inline constexpr index_t pack_room = 2 * depth_block<T>* panel_width<T>;
 
 /// Calls body(panel, count, b, b_panel, ahead) for panels [first, last) of words [begin, end) of the depth, in turn and
-/// as many at once as `rows` rows want: where they lie, how far apart, and what will be needed after them. Panels that are
-/// not stored are packed into `room`, so at most depth_block words of them at once.
+/// as many at once as `rows` rows want: where they lie, how far apart, and what will be needed after them. Panels that
+/// are not stored are packed into `room`, so at most depth_block words of them at once.
 template <class T, class Body>
 void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end,
                 typename Format<T>::word* room, Body&& body) {

@@ -5,9 +5,9 @@ template <class T>
 struct Product {
     using F = Format<T>;
     index_t rows = 0;
-    Operand<T> a = {};        // row r, word p at words[r * stride + p * a_step]
+    Operand<T> a = {};  // row r, word p at words[r * stride + p * a_step]
     index_t a_step = 1;
-    Right<T> b = {};          // [depth, columns]
+    Right<T> b = {};               // [depth, columns]
     typename F::sum* c = nullptr;  // [rows, columns]
     index_t c_row = 0;
     bool add = false;
@@ -47,7 +47,8 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
         for_panels(product.b, product.rows, first, last, p0, p1, product.room,
                    [&](index_t q, index_t count, const auto* b, index_t apart, const Ahead& ahead) {
                        const index_t j0 = q * width, here = std::min(columns - j0, count * width);
-                       auto call = tile_of(product.a, (p0 - begin) * product.a_step, product.b, q, p0, b, apart, p1 - p0);
+                       auto call =
+                           tile_of(product.a, (p0 - begin) * product.a_step, product.b, q, p0, b, apart, p1 - p0);
                        call.a_step = product.a_step;
                        call.c = product.c + j0;
                        call.c_row = product.c_row;
@@ -81,14 +82,14 @@ void multiply(const Product<T>& product) {
 /// out (+=) left^T right, over rows in order: the gradient of a weight. `right` comes in panels.
 template <class T>
 struct OuterProduct {
-    index_t rows = 0;            // what is summed over
-    const T* left = nullptr;     // [rows, m]
+    index_t rows = 0;         // what is summed over
+    const T* left = nullptr;  // [rows, m]
     index_t left_row = 0, m = 0;
-    const T* right = nullptr;    // panels [panels][rows][panel_width] of n columns
+    const T* right = nullptr;  // panels [panels][rows][panel_width] of n columns
     index_t n = 0;
-    T* out = nullptr;            // [m, n]
+    T* out = nullptr;  // [m, n]
     index_t out_row = 0;
-    T* slab = nullptr;           // slab_elements(rows)
+    T* slab = nullptr;  // slab_elements(rows)
 };
 
 /// One row of a matrix into its place in the panels: to[q * apart + j] = from[q * panel_width + j], missing columns 0.
@@ -105,7 +106,7 @@ void spread_row(const T* from, index_t columns, T* to, index_t apart) {
 
 /// Elements of a row of the slab: the columns of `left` that one tile takes, filled up to whole vectors.
 template <class T>
-inline constexpr index_t slab_width = (register_rows<T> + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
+inline constexpr index_t slab_width = (register_rows<T> + Simd<T>::lanes - 1) / Simd<T>::lanes* Simd<T>::lanes;
 
 /// Elements of the slab of OuterProduct.
 template <class T>

@@ -8,7 +8,7 @@ inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
 
 /// Columns of a panel.
 template <class T>
-inline constexpr index_t panel_width = panel_vectors * Simd<typename Format<T>::sum>::lanes;
+inline constexpr index_t panel_width = panel_vectors* Simd<typename Format<T>::sum>::lanes;
 
 /// Rows of the left operand, as their format has them.
 template <class T>
@@ -16,12 +16,13 @@ struct Operand {
     typename Format<T>::word* words = nullptr;  // [rows, steps]
     index_t stride = 0;                         // words from one row to the next
     // Of int8, for each group of steps: what a word's elements are multiplied by, and what their sums begin with.
-    float* scale = nullptr;               // [rows, groups]
-    std::int32_t* beginning = nullptr;    // [rows, groups]
-    index_t groups = 0;                   // from one row to the next
+    float* scale = nullptr;             // [rows, groups]
+    std::int32_t* beginning = nullptr;  // [rows, groups]
+    index_t groups = 0;                 // from one row to the next
 };
 
-/// c[r][j] = (c[r][j] or 0) + sum over p of a[r][p] b[p][j]: one chain of multiply-adds for each element, by ascending p.
+/// c[r][j] = (c[r][j] or 0) + sum over p of a[r][p] b[p][j]: one chain of multiply-adds for each element, by ascending
+/// p.
 template <class T>
 struct TileCall {
     using F = Format<T>;
@@ -228,7 +229,8 @@ struct Nothing {
 /// last row) ahead of each tile.
 template <class T, class Before = Nothing>
 void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
-    const index_t count = (rows + register_rows<T> - 1) / register_rows<T>, half = ahead.first_two ? 1 : (count + 1) / 2;
+    const index_t count = (rows + register_rows<T> - 1) / register_rows<T>,
+                  half = ahead.first_two ? 1 : (count + 1) / 2;
     for (index_t i = 0, row = 0; i < count; ++i) {
         const index_t end = rows * (i + 1) / count, part = i / half;
         const bool some = part < 2 && ahead.from[part] != nullptr;

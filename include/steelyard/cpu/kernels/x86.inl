@@ -1,4 +1,5 @@
-// The kernels again, for the x86-64 instruction sets above the one that the compiler was told of. Part of cpu/kernels.hpp.
+// The kernels again, for the x86-64 instruction sets above the one that the compiler was told of: part of
+// cpu/kernels.hpp.
 
 #if !(defined(__AVX2__) && defined(__FMA__))
 #if defined(__clang__)
