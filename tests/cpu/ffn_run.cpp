@@ -115,11 +115,11 @@ void FfnRun<T>::backward(const Cpu& device, const FfnWeights<const T>& with, vie
 }
 
 template <class T>
-FfnWeights<const T> FfnRun<T>::pack(const Cpu& device, PackedFor purpose, bool matrices) {
-    packed = Bytes(expert_ops<Cpu>::ffn_packed_bytes<T>(device, PackedFormat::full, purpose, c.experts(), c.width,
-                                                        c.hidden, c.gated));
+FfnWeights<const T> FfnRun<T>::pack(const Cpu& device, PackedFor purpose, bool matrices, PackedFormat format) {
+    packed = Bytes(expert_ops<Cpu>::ffn_packed_bytes<T>(device, format, purpose, c.experts(), c.width, c.hidden,
+                                                        c.gated));
     std::fill_n(packed.data(), packed.size(), std::byte{0xFF});
-    expert_ops<Cpu>::ffn_pack<T>(device, PackedFormat::full, purpose, weights(), packed.data());
+    expert_ops<Cpu>::ffn_pack<T>(device, format, purpose, weights(), packed.data());
     FfnWeights<const T> with = weights();
     if (!matrices) with.gate = with.up = with.down = {};
     with.packed = {packed.data(), packed.size()};

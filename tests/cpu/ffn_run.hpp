@@ -118,7 +118,8 @@ struct FfnRun {
     void both(const Cpu& device) { forward(device), backward(device); }
 
     /// Makes `packed`, and returns the weights with it. Without matrices: only what it stands in for is absent.
-    FfnWeights<const T> pack(const Cpu& device, PackedFor purpose, bool matrices = true);
+    FfnWeights<const T> pack(const Cpu& device, PackedFor purpose, bool matrices = true,
+                             PackedFormat format = PackedFormat::full);
     /// What the device says to `packed` as that of a case.
     [[nodiscard]] Status check_packed(const Cpu& device, const FfnCase& of) const;
 

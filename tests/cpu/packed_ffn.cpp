@@ -173,3 +173,46 @@ TEST_CASE("other bytes, a block that is too short or misaligned are no packed co
     CHECK(check(zeros.data(), all) ==
           "steelyard: experts: params.packed: expected a block that pack() wrote, came other bytes");
 }
+
+TEST_CASE(
+    "weights of fewer bits: near the full ones on every instruction set, the same bits for any threads and company") {
+    FfnCase c{.rows = {0, 1, 3, 13, 40},
+              .width = 300,
+              .hidden = 700,
+              .function = Activation::silu,
+              .gated = true,
+              .bias = true,
+              .weighted = false};
+    if (few_sizes) c.width = 130, c.hidden = 70;
+    for (const Isa isa : instruction_sets())
+        for (const PackedFormat format : {PackedFormat::bf16, PackedFormat::int8}) {
+            CAPTURE(name_of(isa));
+            CAPTURE(static_cast<int>(format));
+            FfnRun<float> full(c), one(c), three(c);
+            full.forward({.isa = isa}, full.weights(), full.kept(), full.rows.v);
+            const auto run = [&](FfnRun<float>& of, int threads) {
+                const Cpu device{.threads = threads, .isa = isa};
+                of.forward(device, of.pack(device, PackedFor::inference, false, format), of.kept(), of.rows.v);
+            };
+            run(one, 1), run(three, 3);
+            check_same(three, one);
+            double off = 0, norm = 0;
+            for (index_t r = 0; r < c.filled(); ++r)
+                for (index_t j = 0; j < c.width; ++j) {
+                    const double wanted = full.rows.v(r, j), d = one.rows.v(r, j) - wanted;
+                    off += d * d, norm += wanted * wanted;
+                }
+            // Errors of 2^-9 a factor, or of half a step of 1/127 of the largest of 256, average out over the depth.
+            const double most = format == PackedFormat::bf16 ? 6e-3 : 2.5e-2;
+            CHECK(off <= most * most * norm);
+            CHECK(off >= most * most * norm / 400);  // and something was rounded
+
+            // A row alone: other tiles, several panels at once.
+            FfnCase of_one = c;
+            of_one.rows = {0, 1, 0, 0, 0};
+            FfnRun<float> alone(of_one);
+            run(alone, 1);
+            CHECK(std::memcmp(alone.rows.v.data, one.rows.v.data, static_cast<std::size_t>(c.width) * sizeof(float)) ==
+                  0);
+        }
+}

@@ -138,8 +138,8 @@ public:
                  std::byte* scratch) const {
         index_t first = 0;
         each([&](auto i, const auto& part) {
-            part.expert.template forward<T>(device, std::get<i()>(params.parts), x, slice(plan, first, part.count),
-                                            std::get<i()>(kept.parts), rows, scratch);
+            part.expert.template forward<T>(device, matrices(std::get<i()>(params.parts)), x,
+                                            slice(plan, first, part.count), std::get<i()>(kept.parts), rows, scratch);
             first += part.count;
         });
     }
@@ -156,14 +156,23 @@ public:
                   std::byte* scratch) const {
         index_t first = 0;
         each([&](auto i, const auto& part) {
-            part.expert.template backward<T>(device, std::get<i()>(params.parts), x, slice(plan, first, part.count),
-                                             std::get<i()>(kept.parts), weight, dy, std::get<i()>(work.parts), drows,
-                                             dweight, std::get<i()>(grads.parts), scratch);
+            part.expert.template backward<T>(device, matrices(std::get<i()>(params.parts)), x,
+                                             slice(plan, first, part.count), std::get<i()>(kept.parts), weight, dy,
+                                             std::get<i()>(work.parts), drows, dweight, std::get<i()>(grads.parts),
+                                             scratch);
             first += part.count;
         });
     }
 
     friend bool operator==(const Mixed&, const Mixed&) = default;
+
+private:
+    /// A part without its packed copy: nobody has checked that it is one of the part's own sizes.
+    template <class Part>
+    static Part matrices(Part params) {
+        if constexpr (requires { params.packed; }) params.packed = {};
+        return params;
+    }
 };
 
 template <Expert... X>
