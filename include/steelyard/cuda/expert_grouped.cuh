@@ -1,0 +1,299 @@
+// Experts by one kernel for all of them: forward two launches, backward five, no word to or from the host.
+#pragma once
+
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "steelyard/core/layout.hpp"
+#include "steelyard/core/routing.hpp"
+#include "steelyard/cuda/call.cuh"
+#include "steelyard/cuda/device.hpp"
+#include "steelyard/cuda/kernels/ffn_finish.cuh"
+#include "steelyard/ops/expert_ops.hpp"
+
+namespace steelyard::cuda {
+
+/// Describes tensors to the copy engine. The driver's function is looked up once.
+class MapMaker {
+public:
+    MapMaker() {
+        cudaDriverEntryPointQueryResult found{};
+        void* function = nullptr;
+        check_call(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+                   "cudaGetDriverEntryPointByVersion");
+        encode_ = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+    }
+    static const MapMaker& instance() {
+        static const MapMaker maker;
+        return maker;
+    }
+
+    /// Boxes of 64 columns by `rows` rows of a matrix [n, columns].
+    [[nodiscard]] hopper::TensorMap rows(const bf16* data, index_t n, index_t columns, index_t stride, int rows) const {
+        const cuuint64_t extents[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(n)};
+        const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * sizeof(bf16)};
+        const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows)};
+        return make(2, data, extents, strides, box);
+    }
+    /// The same of one matrix of a tensor [E, n, columns].
+    [[nodiscard]] hopper::TensorMap weights(const view<const bf16, 3, CudaSpace>& of, int rows) const {
+        const cuuint64_t extents[] = {static_cast<cuuint64_t>(of.extents[2]), static_cast<cuuint64_t>(of.extents[1]),
+                                      static_cast<cuuint64_t>(of.extents[0])};
+        const cuuint64_t strides[] = {static_cast<cuuint64_t>(of.strides[1]) * sizeof(bf16),
+                                      static_cast<cuuint64_t>(of.strides[0]) * sizeof(bf16)};
+        const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows), 1};
+        return make(3, of.data, extents, strides, box);
+    }
+
+private:
+    [[nodiscard]] hopper::TensorMap make(cuuint32_t rank, const bf16* data, const cuuint64_t* extents,
+                                         const cuuint64_t* strides, const cuuint32_t* box) const {
+        hopper::TensorMap map;
+        const cuuint32_t every[] = {1, 1, 1};
+        const CUresult result =
+            encode_(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), extents, strides, box, every,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        check_call(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
+        return map;
+    }
+
+    PFN_cuTensorMapEncodeTiled_v12000 encode_ = nullptr;
+};
+
+/// Feed-forward experts in bf16 without biases. Rows are gathered while they are loaded; the activation and its gradient
+/// are computed on the sums.
+class GroupedFfn {
+public:
+    using Space = CudaSpace;
+    static constexpr int most_experts = 1024;
+
+    /// Whether the copy engine can read a tensor: 16-byte rows.
+    template <class View>
+    static bool fits(const View& tensor) {
+        bool fine = reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0;
+        for (int r = 0; r + 1 < View::rank; ++r) fine = fine && tensor.strides[r] % 8 == 0;
+        return fine && tensor.extents[View::rank - 1] % 8 == 0;
+    }
+    /// The GPU has the instructions. Kernels are built for it alone.
+    static bool runs_here() {
+        int device = 0, major = 0, minor = 0;
+        check_call(cudaGetDevice(&device), "cudaGetDevice");
+        check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+        check_call(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+        return major == 9 && minor == 0;
+    }
+
+    static index_t scratch_bytes(index_t rows, index_t hidden) {
+        const index_t inner = rows * hidden * static_cast<index_t>(sizeof(bf16));
+        const index_t parts = rows * tiles_of(hidden, 256) * static_cast<index_t>(sizeof(float));
+        return steelyard::detail::align_up(std::max(inner, parts));
+    }
+
+    GroupedFfn(const Cuda& device, const FfnFunction& function, const FfnWeights<const bf16, Space>& weights,
+               view<const bf16, 2, Space> x, const Plan<Space>& plan)
+        : device_(device),
+          function_(function, weights.gate.present()),
+          weights_(weights),
+          x_(x),
+          plan_(plan),
+          rows_(plan.choice.extents[0]),
+          width_(static_cast<int>(weights.up.extents[2])),
+          hidden_(static_cast<int>(weights.up.extents[1])),
+          // Few rows for an expert: a tile of 128 would be mostly empty.
+          small_(rows_ <= 64 * plan.experts()) {}
+
+    void forward(const FfnKept<bf16, Space>& kept, view<bf16, 2, Space> rows, std::byte* scratch) const {
+        if (rows_ == 0) return;
+        const RowsOut inner =
+            rows.present() ? RowsOut{reinterpret_cast<bf16*>(scratch), hidden_} : RowsOut{};
+        const RowsOut gate = out(kept.gate), up = out(kept.up);
+        if (function_.gated && is_swiglu()) hidden<true, true>(gate, up, inner);
+        else if (function_.gated) hidden<true, false>(gate, up, inner);
+        else hidden<false, false>(gate, up, inner);
+        if (!rows.present()) return;
+        ProductMaps maps;
+        maps.a[0] = maps.a[1] = rows_map(inner, hidden_);
+        maps.b[0] = maps.b[1] = maker().weights(weights_.down, 128);
+        GroupedProduct of = product(hidden_, width_, 256);
+        launch<Bring::rows, Bring::weights>(maps, of, FinishRows{out(rows), width_});
+    }
+
+    void backward(const FfnKept<const bf16, Space>& kept, view<const float, 2, Space> weight,
+                  view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& grad_rows,
+                  view<bf16, 2, Space> drows, view<float, 2, Space> dweight, const FfnWeights<bf16, Space>& grads,
+                  std::byte* scratch) const {
+        if (rows_ == 0) return;
+        float* const parts = dweight.present() ? reinterpret_cast<float*>(scratch) : nullptr;
+        if (function_.gated && is_swiglu()) hidden_gradient<true, true>(kept, weight, dy, grad_rows, parts);
+        else if (function_.gated) hidden_gradient<true, false>(kept, weight, dy, grad_rows, parts);
+        else hidden_gradient<false, false>(kept, weight, dy, grad_rows, parts);
+        if (parts != nullptr) {
+            constexpr int threads = 128;
+            add_weight_parts<<<static_cast<unsigned>((rows_ + threads - 1) / threads), threads, 0, device_.stream>>>(
+                parts, tiles_of(hidden_, 256), plan_.offsets.data, experts(), plan_.choice.data, top_k(), dweight.data,
+                dweight.strides[0]);
+            check_call(cudaGetLastError(), "add_weight_parts");
+        }
+        if (drows.present()) input_gradient(grad_rows, drows);
+        weight_gradients(dy, grad_rows, grads);
+    }
+
+private:
+    static const MapMaker& maker() { return MapMaker::instance(); }
+    template <class View>
+    static RowsOut out(const View& rows) {
+        return rows.present() ? RowsOut{rows.data, rows.strides[0]} : RowsOut{};
+    }
+    [[nodiscard]] int experts() const { return static_cast<int>(plan_.experts()); }
+    [[nodiscard]] int top_k() const { return static_cast<int>(plan_.top_k()); }
+    [[nodiscard]] bool is_swiglu() const { return !function_.clamped && function_.activation == Activation::silu; }
+    [[nodiscard]] int tile_rows() const { return small_ ? 64 : 128; }
+    [[nodiscard]] hopper::TensorMap rows_map(const RowsOut& rows, int width) const {
+        return maker().rows(rows.data, rows_, width, rows.stride, tile_rows());
+    }
+    [[nodiscard]] hopper::TensorMap turned_map(const view<bf16, 2, Space>& rows) const {
+        return maker().rows(rows.data, rows_, rows.extents[1], rows.strides[0], 64);
+    }
+
+    /// Rows times a weight: k columns to n, in tiles of `columns`.
+    [[nodiscard]] GroupedProduct product(int k, int n, int columns) const {
+        GroupedProduct of;
+        of.offsets = plan_.offsets.data;
+        of.experts = experts();
+        of.tiles = {tile_rows(), tiles_of(n, columns)};
+        of.choice = plan_.choice.data;
+        of.top_k = top_k();
+        of.k_steps = tiles_of(k, 64);
+        of.n_step = columns;
+        return of;
+    }
+    static void gather(GroupedProduct& of, const view<const bf16, 2, Space>& tokens) {
+        of.tokens = tokens.data;
+        of.token_stride = tokens.strides[0];
+        of.token_width = static_cast<int>(tokens.extents[1]);
+    }
+
+    template <bool gated, bool swiglu>
+    void hidden(const RowsOut& gate, const RowsOut& up, const RowsOut& inner) const {
+        ProductMaps maps;
+        maps.b[1] = maker().weights(weights_.up, 128);
+        maps.b[0] = gated ? maker().weights(weights_.gate, 128) : maps.b[1];
+        maps.a[0] = maps.a[1] = maps.b[0];  // not read
+        GroupedProduct of = product(width_, hidden_, gated ? 128 : 256);
+        gather(of, x_);
+        launch<Bring::gathered, Bring::weights>(maps, of,
+                                                FinishHidden<gated, swiglu>{function_, gate, up, inner, hidden_});
+    }
+
+    template <bool gated, bool swiglu>
+    void hidden_gradient(const FfnKept<const bf16, Space>& kept, view<const float, 2, Space> weight,
+                         view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& to, float* parts) const {
+        ProductMaps maps;
+        maps.b[0] = maps.b[1] = maker().weights(weights_.down, 64);
+        maps.a[0] = maps.a[1] = maps.b[0];  // not read
+        GroupedProduct of = product(width_, hidden_, 256);
+        gather(of, dy);
+        launch<Bring::gathered, Bring::weights_turned>(
+            maps, of,
+            FinishHiddenGradient<gated, swiglu>{function_, kept.gate.data, kept.up.data, kept.gate.strides[0],
+                                                kept.up.strides[0], out(to.gate), out(to.up), out(to.inner), weight.data,
+                                                weight.strides[0], plan_.choice.data, top_k(), parts,
+                                                tiles_of(hidden_, 256), hidden_});
+    }
+
+    /// drows = dgate G + dup U.
+    void input_gradient(const FfnGradRows<bf16, Space>& from, view<bf16, 2, Space> drows) const {
+        ProductMaps maps;
+        maps.a[1] = rows_map(out(from.up), hidden_);
+        maps.b[1] = maker().weights(weights_.up, 64);
+        maps.a[0] = function_.gated ? rows_map(out(from.gate), hidden_) : maps.a[1];
+        maps.b[0] = function_.gated ? maker().weights(weights_.gate, 64) : maps.b[1];
+        GroupedProduct of = product(hidden_, width_, 256);
+        of.segments = function_.gated ? 2 : 1;
+        launch<Bring::rows, Bring::weights_turned>(maps, of, FinishRows{out(drows), width_});
+    }
+
+    /// dG += dgate^T x, dU += dup^T x, dD += dy^T inner.
+    void weight_gradients(view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& from,
+                          const FfnWeights<bf16, Space>& grads) const {
+        const bool first = function_.gated && grads.gate.present(), second = grads.up.present();
+        if (first || second) {
+            ProductMaps maps;
+            maps.a[1] = turned_map(from.up);
+            maps.a[0] = first ? turned_map(from.gate) : maps.a[1];
+            maps.b[0] = maps.b[1] = maps.a[0];  // not read
+            const auto& head = first ? grads.gate : grads.up;
+            GroupedProduct of = sum_over_rows(hidden_, width_, first && second ? 2 : 1);
+            gather(of, x_);
+            launch_large<Bring::rows_turned, Bring::gathered_turned>(
+                maps, of,
+                FinishAdd{{head.data, grads.up.data},
+                          {head.strides[0], grads.up.strides[0]},
+                          {head.strides[1], grads.up.strides[1]},
+                          hidden_,
+                          width_});
+        }
+        if (grads.down.present()) {
+            ProductMaps maps;
+            maps.b[0] = maps.b[1] = turned_map(from.inner);
+            maps.a[0] = maps.a[1] = maps.b[0];  // not read
+            GroupedProduct of = sum_over_rows(width_, hidden_, 1);
+            gather(of, dy);
+            launch_large<Bring::gathered_turned, Bring::rows_turned>(
+                maps, of,
+                FinishAdd{{grads.down.data, nullptr},
+                          {grads.down.strides[0], 0},
+                          {grads.down.strides[1], 0},
+                          width_,
+                          hidden_});
+        }
+    }
+    [[nodiscard]] GroupedProduct sum_over_rows(int m, int n, int matrices) const {
+        GroupedProduct of = product(0, n, 256);
+        of.m_tiles_of_one = tiles_of(m, 128);
+        of.tiles.m_tiles = matrices * of.m_tiles_of_one;
+        return of;
+    }
+
+    template <Bring a, Bring b, class Finish>
+    void launch(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
+        if (small_) launch_by<a, b, 1>(maps, of, finish);
+        else launch_by<a, b, 2>(maps, of, finish);
+    }
+    template <Bring a, Bring b, class Finish>
+    void launch_large(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
+        launch_by<a, b, 2>(maps, of, finish);
+    }
+    template <Bring a, Bring b, int multipliers, class Finish>
+    void launch_by(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
+        using Block = ProductBlock<multipliers>;
+        const auto kernel = grouped_product<a, b, multipliers, Finish>;
+        const int shared = Block::shared_bytes(of.experts);
+        check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+                   "cudaFuncSetAttribute");
+        kernel<<<multiprocessors(), Block::threads, shared, device_.stream>>>(maps, of, finish);
+        check_call(cudaGetLastError(), "grouped_product");
+    }
+    static int multiprocessors() {
+        int device = 0, count = 0;
+        check_call(cudaGetDevice(&device), "cudaGetDevice");
+        check_call(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+        return count;
+    }
+
+    Cuda device_;
+    FunctionOf function_;
+    FfnWeights<const bf16, Space> weights_;
+    view<const bf16, 2, Space> x_;
+    Plan<Space> plan_;
+    index_t rows_;
+    int width_, hidden_;
+    bool small_;
+};
+
+}  // namespace steelyard::cuda
