@@ -46,9 +46,12 @@ index_t expert_ops<Cuda>::scratch_bytes(const Cuda& device, index_t rows, index_
     const index_t looped = cuda::LoopedFfn<T>::scratch_bytes(rows, width, hidden);
     const index_t grouped = std::is_same_v<T, bf16> ? cuda::GroupedFfn::scratch_bytes(rows, hidden) : 0;
     switch (device.experts) {
-        case CudaExperts::looped: return looped;
-        case CudaExperts::grouped: return grouped;
-        case CudaExperts::automatic: break;
+        case CudaExperts::looped:
+            return looped;
+        case CudaExperts::grouped:
+            return grouped;
+        case CudaExperts::automatic:
+            break;
     }
     return std::max(looped, grouped);
 }
@@ -60,9 +63,9 @@ void expert_ops<Cuda>::ffn_forward(const Cuda& device, const FfnFunction& functi
                                    view<T, 2, CudaSpace> rows, std::byte* scratch) {
     if (plan.choice.extents[0] == 0) return;
     using cuda::GroupedFfn;
-    if (cuda::is_grouped<T>(device, weights,
-                            {GroupedFfn::fits(x), GroupedFfn::fits(kept.gate), GroupedFfn::fits(kept.up),
-                             GroupedFfn::fits(rows)})) {
+    if (cuda::is_grouped<T>(
+            device, weights,
+            {GroupedFfn::fits(x), GroupedFfn::fits(kept.gate), GroupedFfn::fits(kept.up), GroupedFfn::fits(rows)})) {
         if constexpr (std::is_same_v<T, bf16>)
             GroupedFfn(device, function, weights, x, plan).forward(kept, rows, scratch);
     } else {

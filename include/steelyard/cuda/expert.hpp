@@ -12,14 +12,14 @@ namespace steelyard {
 
 /// The contract is that of expert_ops (ops/expert_ops.hpp), for T in {float, bf16}; defined in cuda/expert.cuh.
 ///
-/// float is multiplied without TF32. bf16 is multiplied in bf16 and summed in float, activations and their gradients are
-/// computed in float, and what is written is rounded once; weight gradients are added to what was there in float and
-/// rounded.
+/// float is multiplied without TF32. bf16 is multiplied in bf16 and summed in float, activations and their gradients
+/// are computed in float, and what is written is rounded once; weight gradients are added to what was there in float
+/// and rounded.
 ///
 /// Two ways lead there (`Cuda::experts`). *Looped*: cuBLAS products for one expert after the other; the host waits for
 /// the plan's counts. *Grouped*: kernels for all experts that read the counts where they are, so that a forward and a
-/// backward can be captured in a graph: bf16 on sm_90, widths and row strides of a multiple of 8, no biases, at most 1024
-/// experts. `CudaExperts::grouped` throws an Error where that is not so, and needs less scratch.
+/// backward can be captured in a graph: bf16 on sm_90, widths and row strides of a multiple of 8, no biases, at most
+/// 1024 experts. `CudaExperts::grouped` throws an Error where that is not so, and needs less scratch.
 ///
 /// There are no packed copies of weights on this device.
 template <>
@@ -28,9 +28,10 @@ struct expert_ops<Cuda> {
     static index_t scratch_bytes(const Cuda& device, index_t rows, index_t width, index_t hidden);
 
     template <class T>
-    static void ffn_forward(const Cuda& device, const FfnFunction& function, const FfnWeights<const T, CudaSpace>& weights,
-                            view<const T, 2, CudaSpace> x, const Plan<CudaSpace>& plan,
-                            const FfnKept<T, CudaSpace>& kept, view<T, 2, CudaSpace> rows, std::byte* scratch);
+    static void ffn_forward(const Cuda& device, const FfnFunction& function,
+                            const FfnWeights<const T, CudaSpace>& weights, view<const T, 2, CudaSpace> x,
+                            const Plan<CudaSpace>& plan, const FfnKept<T, CudaSpace>& kept, view<T, 2, CudaSpace> rows,
+                            std::byte* scratch);
 
     template <class T>
     static void ffn_backward(const Cuda& device, const FfnFunction& function,

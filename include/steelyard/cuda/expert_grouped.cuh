@@ -23,8 +23,9 @@ public:
     MapMaker() {
         cudaDriverEntryPointQueryResult found{};
         void* function = nullptr;
-        check_call(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-                   "cudaGetDriverEntryPointByVersion");
+        check_call(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+            "cudaGetDriverEntryPointByVersion");
         encode_ = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
     }
     static const MapMaker& instance() {
@@ -54,10 +55,9 @@ private:
                                          const cuuint64_t* strides, const cuuint32_t* box) const {
         hopper::TensorMap map;
         const cuuint32_t every[] = {1, 1, 1};
-        const CUresult result =
-            encode_(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), extents, strides, box, every,
-                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        const CUresult result = encode_(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), extents,
+                                        strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
         check_call(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
         return map;
     }
@@ -65,12 +65,12 @@ private:
     PFN_cuTensorMapEncodeTiled_v12000 encode_ = nullptr;
 };
 
-/// Feed-forward experts in bf16 without biases. Rows are gathered while they are loaded; the activation and its gradient
-/// are computed on the sums.
+/// Feed-forward experts in bf16 without biases. Rows are gathered while they are loaded; the activation and its
+/// gradient are computed on the sums.
 class GroupedFfn {
 public:
     using Space = CudaSpace;
-    static constexpr int most_experts = 1024;
+    static constexpr int most_experts = 512;
 
     /// Whether the copy engine can read a tensor: 16-byte rows.
     template <class View>
@@ -109,29 +109,34 @@ public:
 
     void forward(const FfnKept<bf16, Space>& kept, view<bf16, 2, Space> rows, std::byte* scratch) const {
         if (rows_ == 0) return;
-        const RowsOut inner =
-            rows.present() ? RowsOut{reinterpret_cast<bf16*>(scratch), hidden_} : RowsOut{};
+        const RowsOut inner = rows.present() ? RowsOut{reinterpret_cast<bf16*>(scratch), hidden_} : RowsOut{};
         const RowsOut gate = out(kept.gate), up = out(kept.up);
-        if (function_.gated && is_swiglu()) hidden<true, true>(gate, up, inner);
-        else if (function_.gated) hidden<true, false>(gate, up, inner);
-        else hidden<false, false>(gate, up, inner);
+        if (function_.gated && is_swiglu())
+            hidden<true, true>(gate, up, inner);
+        else if (function_.gated)
+            hidden<true, false>(gate, up, inner);
+        else
+            hidden<false, false>(gate, up, inner);
         if (!rows.present()) return;
-        ProductMaps maps;
-        maps.a[0] = maps.a[1] = rows_map(inner, hidden_);
+        ProductMaps maps{};
+        maps.a[0] = maps.a[1] = rows_map(inner.data, inner.stride, hidden_);
         maps.b[0] = maps.b[1] = maker().weights(weights_.down, 128);
-        GroupedProduct of = product(hidden_, width_, 256);
-        launch<Bring::rows, Bring::weights>(maps, of, FinishRows{out(rows), width_});
+        maps.out[0] = out_map(out(rows), width_);
+        const GroupedProduct of = product(hidden_, width_, 256);
+        launch<Bring::rows, Bring::weights>(maps, of, FinishRows{{}, out(rows), width_});
     }
 
     void backward(const FfnKept<const bf16, Space>& kept, view<const float, 2, Space> weight,
-                  view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& grad_rows,
-                  view<bf16, 2, Space> drows, view<float, 2, Space> dweight, const FfnWeights<bf16, Space>& grads,
-                  std::byte* scratch) const {
+                  view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& grad_rows, view<bf16, 2, Space> drows,
+                  view<float, 2, Space> dweight, const FfnWeights<bf16, Space>& grads, std::byte* scratch) const {
         if (rows_ == 0) return;
         float* const parts = dweight.present() ? reinterpret_cast<float*>(scratch) : nullptr;
-        if (function_.gated && is_swiglu()) hidden_gradient<true, true>(kept, weight, dy, grad_rows, parts);
-        else if (function_.gated) hidden_gradient<true, false>(kept, weight, dy, grad_rows, parts);
-        else hidden_gradient<false, false>(kept, weight, dy, grad_rows, parts);
+        if (function_.gated && is_swiglu())
+            hidden_gradient<true, true>(kept, weight, dy, grad_rows, parts);
+        else if (function_.gated)
+            hidden_gradient<true, false>(kept, weight, dy, grad_rows, parts);
+        else
+            hidden_gradient<false, false>(kept, weight, dy, grad_rows, parts);
         if (parts != nullptr) {
             constexpr int threads = 128;
             add_weight_parts<<<static_cast<unsigned>((rows_ + threads - 1) / threads), threads, 0, device_.stream>>>(
@@ -153,8 +158,21 @@ private:
     [[nodiscard]] int top_k() const { return static_cast<int>(plan_.top_k()); }
     [[nodiscard]] bool is_swiglu() const { return !function_.clamped && function_.activation == Activation::silu; }
     [[nodiscard]] int tile_rows() const { return small_ ? 64 : 128; }
-    [[nodiscard]] hopper::TensorMap rows_map(const RowsOut& rows, int width) const {
-        return maker().rows(rows.data, rows_, width, rows.stride, tile_rows());
+    [[nodiscard]] hopper::TensorMap rows_map(const bf16* data, index_t stride, int width) const {
+        return maker().rows(data, rows_, width, stride, tile_rows());
+    }
+    template <class View>
+    [[nodiscard]] hopper::TensorMap rows_map(const View& rows, int width) const {
+        return rows_map(rows.data, rows.strides[0], width);
+    }
+    /// Of rows that are written: the 16 of a warp.
+    [[nodiscard]] hopper::TensorMap out_map(const RowsOut& rows, int width) const {
+        return maker().rows(rows.data, rows_, width, rows.stride, 16);
+    }
+    void hidden_out(ProductMaps& maps, const RowsOut& gate, const RowsOut& up, const RowsOut& inner) const {
+        const RowsOut* const all[] = {&gate, &up, &inner};
+        for (int i = 0; i < 3; ++i)
+            if (all[i]->data != nullptr) maps.out[i] = out_map(*all[i], hidden_);
     }
     [[nodiscard]] hopper::TensorMap turned_map(const view<bf16, 2, Space>& rows) const {
         return maker().rows(rows.data, rows_, rows.extents[1], rows.strides[0], 64);
@@ -167,7 +185,7 @@ private:
         of.experts = experts();
         of.tiles = {tile_rows(), tiles_of(n, columns)};
         of.choice = plan_.choice.data;
-        of.top_k = top_k();
+        of.top_k = Divisor(top_k());
         of.k_steps = tiles_of(k, 64);
         of.n_step = columns;
         return of;
@@ -180,42 +198,46 @@ private:
 
     template <bool gated, bool swiglu>
     void hidden(const RowsOut& gate, const RowsOut& up, const RowsOut& inner) const {
-        ProductMaps maps;
+        ProductMaps maps{};
         maps.b[1] = maker().weights(weights_.up, 128);
         maps.b[0] = gated ? maker().weights(weights_.gate, 128) : maps.b[1];
         maps.a[0] = maps.a[1] = maps.b[0];  // not read
+        hidden_out(maps, gate, up, inner);
         GroupedProduct of = product(width_, hidden_, gated ? 128 : 256);
         gather(of, x_);
         launch<Bring::gathered, Bring::weights>(maps, of,
-                                                FinishHidden<gated, swiglu>{function_, gate, up, inner, hidden_});
+                                                FinishHidden<gated, swiglu>{{}, function_, gate, up, inner, hidden_});
     }
 
     template <bool gated, bool swiglu>
     void hidden_gradient(const FfnKept<const bf16, Space>& kept, view<const float, 2, Space> weight,
                          view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& to, float* parts) const {
-        ProductMaps maps;
+        ProductMaps maps{};
         maps.b[0] = maps.b[1] = maker().weights(weights_.down, 64);
         maps.a[0] = maps.a[1] = maps.b[0];  // not read
+        maps.extra[1] = rows_map(kept.up, hidden_);
+        maps.extra[0] = gated ? rows_map(kept.gate, hidden_) : maps.extra[1];
+        hidden_out(maps, out(to.gate), out(to.up), out(to.inner));
         GroupedProduct of = product(width_, hidden_, 256);
         gather(of, dy);
         launch<Bring::gathered, Bring::weights_turned>(
             maps, of,
-            FinishHiddenGradient<gated, swiglu>{function_, kept.gate.data, kept.up.data, kept.gate.strides[0],
-                                                kept.up.strides[0], out(to.gate), out(to.up), out(to.inner), weight.data,
-                                                weight.strides[0], plan_.choice.data, top_k(), parts,
+            FinishHiddenGradient<gated, swiglu>{function_, out(to.gate), out(to.up), out(to.inner), weight.data,
+                                                weight.strides[0], plan_.choice.data, Divisor(top_k()), parts,
                                                 tiles_of(hidden_, 256), hidden_});
     }
 
     /// drows = dgate G + dup U.
     void input_gradient(const FfnGradRows<bf16, Space>& from, view<bf16, 2, Space> drows) const {
-        ProductMaps maps;
-        maps.a[1] = rows_map(out(from.up), hidden_);
+        ProductMaps maps{};
+        maps.a[1] = rows_map(from.up, hidden_);
         maps.b[1] = maker().weights(weights_.up, 64);
-        maps.a[0] = function_.gated ? rows_map(out(from.gate), hidden_) : maps.a[1];
+        maps.a[0] = function_.gated ? rows_map(from.gate, hidden_) : maps.a[1];
         maps.b[0] = function_.gated ? maker().weights(weights_.gate, 64) : maps.b[1];
+        maps.out[0] = out_map(out(drows), width_);
         GroupedProduct of = product(hidden_, width_, 256);
         of.segments = function_.gated ? 2 : 1;
-        launch<Bring::rows, Bring::weights_turned>(maps, of, FinishRows{out(drows), width_});
+        launch<Bring::rows, Bring::weights_turned>(maps, of, FinishRows{{}, out(drows), width_});
     }
 
     /// dG += dgate^T x, dU += dup^T x, dD += dy^T inner.
@@ -223,35 +245,33 @@ private:
                           const FfnWeights<bf16, Space>& grads) const {
         const bool first = function_.gated && grads.gate.present(), second = grads.up.present();
         if (first || second) {
-            ProductMaps maps;
-            maps.a[1] = turned_map(from.up);
-            maps.a[0] = first ? turned_map(from.gate) : maps.a[1];
-            maps.b[0] = maps.b[1] = maps.a[0];  // not read
+            // The first of two, or the only one.
             const auto& head = first ? grads.gate : grads.up;
+            const auto& tail = second ? grads.up : grads.gate;
+            ProductMaps maps{};
+            maps.a[0] = turned_map(first ? from.gate : from.up);
+            maps.a[1] = second ? turned_map(from.up) : maps.a[0];
+            maps.b[0] = maps.b[1] = maps.a[0];  // not read
+            add_to(maps, head, tail);
             GroupedProduct of = sum_over_rows(hidden_, width_, first && second ? 2 : 1);
             gather(of, x_);
-            launch_large<Bring::rows_turned, Bring::gathered_turned>(
-                maps, of,
-                FinishAdd{{head.data, grads.up.data},
-                          {head.strides[0], grads.up.strides[0]},
-                          {head.strides[1], grads.up.strides[1]},
-                          hidden_,
-                          width_});
+            launch_large<Bring::rows_turned, Bring::gathered_turned>(maps, of, FinishAdd{});
         }
         if (grads.down.present()) {
-            ProductMaps maps;
+            ProductMaps maps{};
             maps.b[0] = maps.b[1] = turned_map(from.inner);
             maps.a[0] = maps.a[1] = maps.b[0];  // not read
+            add_to(maps, grads.down, grads.down);
             GroupedProduct of = sum_over_rows(width_, hidden_, 1);
             gather(of, dy);
-            launch_large<Bring::gathered_turned, Bring::rows_turned>(
-                maps, of,
-                FinishAdd{{grads.down.data, nullptr},
-                          {grads.down.strides[0], 0},
-                          {grads.down.strides[1], 0},
-                          width_,
-                          hidden_});
+            launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAdd{});
         }
+    }
+    static void add_to(ProductMaps& maps, const view<bf16, 3, Space>& head, const view<bf16, 3, Space>& tail) {
+        maps.extra[0] = maker().weights(head, 128);
+        maps.extra[1] = maker().weights(tail, 128);
+        maps.out[0] = maker().weights(head, 16);
+        maps.out[1] = maker().weights(tail, 16);
     }
     [[nodiscard]] GroupedProduct sum_over_rows(int m, int n, int matrices) const {
         GroupedProduct of = product(0, n, 256);
@@ -262,8 +282,10 @@ private:
 
     template <Bring a, Bring b, class Finish>
     void launch(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
-        if (small_) launch_by<a, b, 1>(maps, of, finish);
-        else launch_by<a, b, 2>(maps, of, finish);
+        if (small_)
+            launch_by<a, b, 1>(maps, of, finish);
+        else
+            launch_by<a, b, 2>(maps, of, finish);
     }
     template <Bring a, Bring b, class Finish>
     void launch_large(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {

@@ -103,8 +103,9 @@ public:
                                        of(weight),
                                        of(dweight),
                                        bias(weights_.down_bias, e)};
-            activation_gradient<T><<<grid(count), 256, 0, device_.stream>>>(
-                function_, static_cast<int>(hidden_), static_cast<int>(width_), plan_.choice.data + begin, top_k(), rows);
+            activation_gradient<T><<<grid(count), 256, 0, device_.stream>>>(function_, static_cast<int>(hidden_),
+                                                                            static_cast<int>(width_),
+                                                                            plan_.choice.data + begin, top_k(), rows);
             check_call(cudaGetLastError(), "activation_gradient");
             if (drows.present()) {
                 const Matrix<T> out = from(drows, begin);
@@ -168,7 +169,8 @@ private:
             for (index_t begin = offsets[e]; begin < offsets[e + 1]; begin += block_rows)
                 body(static_cast<index_t>(e), begin, std::min(block_rows, offsets[e + 1] - begin));
     }
-    void gather(const view<const T, 2, Space>& tokens, index_t begin, index_t count, const view<T, 2, Space>& to) const {
+    void gather(const view<const T, 2, Space>& tokens, index_t begin, index_t count,
+                const view<T, 2, Space>& to) const {
         gather_rows<T><<<grid(count), 256, 0, device_.stream>>>(of(tokens), static_cast<int>(width_),
                                                                 plan_.choice.data + begin, top_k(), of(to));
         check_call(cudaGetLastError(), "gather_rows");

@@ -1,11 +1,35 @@
 // Which tile of which expert a block computes: shared by the host, which tests it, and by kernels.
 #pragma once
 
+#include <cstdint>
+
 #include "steelyard/core/view.hpp"
 
 namespace steelyard::cuda {
 
 constexpr int tiles_of(index_t items, index_t tile) { return static_cast<int>((items + tile - 1) / tile); }
+
+/// Divides numbers from 0 to 2^31 - 1 by one that is known beforehand, at least 1: a multiplication and a shift.
+/// Division itself is some twenty instructions on a GPU, more than what a loader has to do for a row beside it.
+/// (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994.)
+struct Divisor {
+    std::uint32_t by = 1, factor = 0, shift = 0;
+
+    constexpr Divisor() = default;
+    explicit constexpr Divisor(int divisor) : by(static_cast<std::uint32_t>(divisor)) {
+        std::uint32_t bits = 0;
+        while ((std::uint64_t{1} << bits) < by) ++bits;
+        if (by == 1) return;
+        shift = bits - 1;
+        factor = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + by - 1) / by);
+    }
+    [[nodiscard]] constexpr int quotient(int number) const {
+        if (by == 1) return number;
+        return static_cast<int>((static_cast<std::uint64_t>(static_cast<std::uint32_t>(number)) * factor >> 32) >>
+                                shift);
+    }
+    [[nodiscard]] constexpr int remainder(int number) const { return number - quotient(number) * static_cast<int>(by); }
+};
 
 /// A tile of one expert's product, in tiles.
 struct TilePlace {

@@ -10,6 +10,12 @@
 
 namespace steelyard::cuda {
 
+/// A matrix of bf16 with rows `stride` elements apart; or none.
+struct RowsOut {
+    bf16* data = nullptr;
+    index_t stride = 0;
+};
+
 namespace detail {
 
 __device__ inline std::uint32_t pack_bf16(float low, float high) {
@@ -20,96 +26,102 @@ __device__ inline float2 unpack_bf16(std::uint32_t pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-/// 16 rows by 64 columns of bf16 on their way between a warp's registers and global memory, through shared memory: so
-/// that global accesses are whole lines. In registers, pair 2 j + i of a lane is row lane / 4 + 8 i, columns
-/// 8 j + 2 (lane % 4) and the next: the order of hopper::multiply_256. Rows in shared memory are 144 bytes apart, which
-/// spreads either order over the banks.
-struct WarpChunk {
-    static constexpr int pitch = 144, columns = 64;
-    char* at;
-    int lane;
+/// 16 bytes, number `chunk`, of a row of 64 columns that the copy engine brought, swizzled, to 1,024-aligned memory.
+__device__ inline const char* swizzled(const char* box, int row, int chunk) {
+    return box + row * 128 + ((chunk ^ row % 8) << 4);
+}
+/// Of a box that was brought: this warp's 16 rows, from `row` on. Pair 2 j + i of a lane is row lane / 4 + 8 i, columns
+/// 8 j + 2 (lane % 4) and the next: the order of hopper::multiply_256.
+__device__ inline void read_box(const char* box, int row, int lane, std::uint32_t (&pairs)[16]) {
+#pragma unroll
+    for (int p = 0; p < 16; ++p)
+        pairs[p] =
+            *reinterpret_cast<const std::uint32_t*>(swizzled(box, row + lane / 4 + 8 * (p % 2), p / 2) + lane % 4 * 4);
+}
 
-    __device__ std::uint32_t* pair(int j, int i) const {
-        return reinterpret_cast<std::uint32_t*>(at + (lane / 4 + 8 * i) * pitch + j * 16 + lane % 4 * 4);
-    }
-    /// Of the first `rows` rows and `width` columns, a multiple of 8.
-    __device__ void store(const std::uint32_t (&pairs)[16], bf16* to, index_t stride, int rows, int width) const {
+/// A warp's 16 rows by 64 columns, in the same order, to shared memory, swizzled; it alternates between two places. The
+/// copy engine is done with that place then. Answers with it.
+template <class Steps>
+__device__ std::uint32_t lay_out(const std::uint32_t (&pairs)[16], const Steps& steps) {
+    const int lane = steps.lane, row = lane % 16, half = lane / 16;
+    if (lane == 0) hopper::wait_stores_read<1>();
+    __syncwarp();
+    const std::uint32_t at = steps.chunk + steps.stores++ % 2 * 2048;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            *pair(j, 0) = pairs[2 * j];
-            *pair(j, 1) = pairs[2 * j + 1];
-        }
-        __syncwarp();
-        each_line(rows, width, [&](int row, int column, char* line) {
-            *reinterpret_cast<uint4*>(to + row * stride + column) = *reinterpret_cast<const uint4*>(line);
-        });
-        __syncwarp();
-    }
-    /// Elements outside become 0.
-    __device__ void load(std::uint32_t (&pairs)[16], const bf16* from, index_t stride, int rows, int width) const {
-        each_line(16, columns, [&](int row, int column, char* line) {
-            const bool inside = row < rows && column < width;
-            *reinterpret_cast<uint4*>(line) =
-                inside ? *reinterpret_cast<const uint4*>(from + row * stride + column) : uint4{};
-        });
-        __syncwarp();
+    for (int j = 0; j < 8; j += 2)
+        hopper::store_matrices(at + row * 128 + ((j + half ^ row % 8) << 4), pairs[2 * j], pairs[2 * j + 1],
+                               pairs[2 * j + 2], pairs[2 * j + 3]);
+    hopper::publish_shared();
+    __syncwarp();
+    return at;
+}
+/// The first `rows` of 16 rows and `width` of 64 columns, a multiple of 8, from where they were laid out.
+__device__ inline void store_lines(std::uint32_t at, int lane, const RowsOut& out, index_t row, int column, int rows,
+                                   int width) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            pairs[2 * j] = *pair(j, 0);
-            pairs[2 * j + 1] = *pair(j, 1);
-        }
-        __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        const int r = 4 * i + lane / 8, chunk = lane % 8;
+        if (r >= rows || chunk * 8 >= width) continue;
+        uint4 line;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
+                     : "r"(at + r * 128 + ((chunk ^ r % 8) << 4)));
+        *reinterpret_cast<uint4*>(out.data + (row + r) * out.stride + column + chunk * 8) = line;
     }
+}
+/// Grouped rows: whole ones by the copy engine, those of an expert's last tile line by line: behind them are another
+/// expert's. `which` is the map of `out`.
+template <class Steps>
+__device__ void store_rows(const std::uint32_t (&pairs)[16], const Steps& steps, int which, const RowsOut& out,
+                           const FinishedTile& tile, int column, int width) {
+    const std::uint32_t at = lay_out(pairs, steps);
+    if (tile.rows == 16) {
+        if (steps.lane == 0) hopper::store_box(steps.maps.out[which], at, column, static_cast<int>(tile.row));
+    } else {
+        store_lines(at, steps.lane, out, tile.row, column, tile.rows, width - column);
+    }
+    if (steps.lane == 0) hopper::close_stores();
+}
 
-private:
-    template <class Body>
-    __device__ void each_line(int rows, int width, Body&& body) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = 4 * i + lane / 8, column = lane % 8 * 8;
-            if (row < rows && column < width) body(row, column, at + row * pitch + lane % 8 * 16);
-        }
+/// For a finish that reads nothing.
+struct NothingExtra {
+    static constexpr int extra_steps = 0;
+    template <int multipliers>
+    static constexpr int extra_bytes() {
+        return 0;
     }
+    template <int multipliers, class Tile>
+    __device__ static void bring(const ProductMaps&, const Tile&, int, std::uint32_t, std::uint32_t) {}
 };
 
 }  // namespace detail
 
-/// A matrix of bf16 with rows of `width` elements, `stride` apart; or none.
-struct RowsOut {
-    bf16* data = nullptr;
-    index_t stride = 0;
-};
-
 /// gate and up (=) as they are, where wanted, and inner (=) their activation. Gated: a tile is 128 columns of each.
 template <bool gated, bool swiglu>
-struct FinishHidden {
+struct FinishHidden : detail::NothingExtra {
     FunctionOf function;
-    RowsOut gate, up, inner;
-    int width = 0;  // h
+    RowsOut gate, up, inner;  // maps 0, 1, 2
+    int width = 0;            // h
 
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], char* at, int lane) const {
-        constexpr int tile_columns = gated ? 128 : 256;
+    template <class Steps>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], const Steps& steps) const {
+        constexpr int tile_columns = gated ? 128 : 256, half = gated ? 64 : 0;
         if (tile.rows <= 0) return;
-        const detail::WarpChunk chunk{at, lane};
 #pragma unroll
         for (int c = 0; c < tile_columns / 64; ++c) {
-            const int column = tile.n * tile_columns + 64 * c, columns = width - column;
-            if (columns <= 0) break;
+            const int column = tile.n * tile_columns + 64 * c;
+            if (column >= width) break;
             std::uint32_t pairs[16];
-            const auto store = [&](const RowsOut& out) {
-                chunk.store(pairs, out.data + tile.row * out.stride + column, out.stride, tile.rows, columns);
-            };
             if (up.data != nullptr) {
-                constexpr int half = gated ? 64 : 0;
                 if constexpr (gated) {
 #pragma unroll
                     for (int p = 0; p < 16; ++p) pairs[p] = detail::pack_bf16(d[32 * c + 2 * p], d[32 * c + 2 * p + 1]);
-                    store(gate);
+                    detail::store_rows(pairs, steps, 0, gate, tile, column, width);
                 }
 #pragma unroll
                 for (int p = 0; p < 16; ++p)
                     pairs[p] = detail::pack_bf16(d[half + 32 * c + 2 * p], d[half + 32 * c + 2 * p + 1]);
-                store(up);
+                detail::store_rows(pairs, steps, 1, up, tile, column, width);
             }
             if (inner.data == nullptr) continue;
 #pragma unroll
@@ -117,34 +129,37 @@ struct FinishHidden {
                 const int i = 32 * c + 2 * p;
                 pairs[p] = detail::pack_bf16(value(d, i), value(d, i + 1));
             }
-            store(inner);
+            detail::store_rows(pairs, steps, 2, inner, tile, column, width);
         }
     }
 
 private:
     __device__ float value(const float (&d)[128], int i) const {
-        if constexpr (swiglu) return swiglu_point(d[i], d[i + 64]).a;
-        if constexpr (gated) return point_of(function, d[i], d[i + 64]).a;
-        return point_of(function, 0.0f, d[i]).a;
+        if constexpr (swiglu)
+            return swiglu_point(d[i], d[i + 64]).a;
+        else if constexpr (gated)
+            return point_of(function, d[i], d[i + 64]).a;
+        else
+            return point_of(function, 0.0f, d[i]).a;
     }
 };
 
 /// rows (=) the sums.
-struct FinishRows {
-    RowsOut rows;
+struct FinishRows : detail::NothingExtra {
+    RowsOut rows;  // map 0
     int width = 0;
 
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], char* at, int lane) const {
+    template <class Steps>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], const Steps& steps) const {
         if (tile.rows <= 0) return;
-        const detail::WarpChunk chunk{at, lane};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            const int column = tile.n * 256 + 64 * c, columns = width - column;
-            if (columns <= 0) break;
+            const int column = tile.n * 256 + 64 * c;
+            if (column >= width) break;
             std::uint32_t pairs[16];
 #pragma unroll
             for (int p = 0; p < 16; ++p) pairs[p] = detail::pack_bf16(d[32 * c + 2 * p], d[32 * c + 2 * p + 1]);
-            chunk.store(pairs, rows.data + tile.row * rows.stride + column, rows.stride, tile.rows, columns);
+            detail::store_rows(pairs, steps, 0, rows, tile, column, width);
         }
     }
 };
@@ -154,35 +169,50 @@ struct FinishRows {
 template <bool gated, bool swiglu>
 struct FinishHiddenGradient {
     FunctionOf function;
-    const bf16 *gate, *up;  // kept
-    index_t gate_stride, up_stride;
-    RowsOut dgate, dup, inner;
-    const float* weight;  // [T, K], or null: 1
+    RowsOut dgate, dup, inner;  // maps 0, 1, 2
+    const float* weight;        // [T, K], or null: 1
     index_t weight_stride;
     const std::int32_t* choice;
-    int top_k;
+    Divisor top_k;
     float* parts;  // [N, n_tiles], or null
     int n_tiles;
     int width;  // h
 
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], char* at, int lane) const {
-        if (tile.rows <= 0) return;
-        const detail::WarpChunk chunk{at, lane};
+    /// What forward kept, 64 columns at a time: of the gate, where there is one, and behind it of `up`.
+    static constexpr int extra_steps = 4;
+    template <int multipliers>
+    static constexpr int extra_bytes() {
+        return (gated ? 2 : 1) * ProductBlock<multipliers>::rows * 128;
+    }
+    template <int multipliers, class Tile>
+    __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
+                                 std::uint32_t full) {
+        constexpr int rows = ProductBlock<multipliers>::rows;
+        const int column = tile.n * 256 + 64 * step, row = static_cast<int>(tile.first_row) + tile.m * rows;
+        if (gated) hopper::copy_box(to, maps.extra[0], full, column, row);
+        hopper::copy_box(to + (gated ? rows * 128 : 0), maps.extra[1], full, column, row);
+    }
+
+    template <int multipliers>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[128],
+                               const FinishSteps<multipliers>& steps) const {
+        const int lane = steps.lane;
         float factor[2] = {1.0f, 1.0f}, part[2] = {0.0f, 0.0f};
         for (int i = 0; i < 2; ++i) {
             const int row = lane / 4 + 8 * i;
             if (weight == nullptr || row >= tile.rows) continue;
             const std::int32_t which = choice[tile.row + row];
-            factor[i] = weight[which / top_k * weight_stride + which % top_k];
+            factor[i] = weight[top_k.quotient(which) * weight_stride + top_k.remainder(which)];
         }
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            const int column = tile.n * 256 + 64 * c, columns = width - column;
-            if (columns <= 0) break;
+            const int column = tile.n * 256 + 64 * c;
+            const char* const box = steps.take();
             std::uint32_t of_gate[16], of_up[16], of_inner[16];
-            if constexpr (gated)
-                chunk.load(of_gate, gate + tile.row * gate_stride + column, gate_stride, tile.rows, columns);
-            chunk.load(of_up, up + tile.row * up_stride + column, up_stride, tile.rows, columns);
+            if constexpr (gated) detail::read_box(box, tile.in_tile, lane, of_gate);
+            detail::read_box(box + (gated ? ProductBlock<multipliers>::rows * 128 : 0), tile.in_tile, lane, of_up);
+            steps.give();
+            if (column >= width || tile.rows <= 0) continue;
 #pragma unroll
             for (int p = 0; p < 16; ++p) {
                 const float w = factor[p % 2];
@@ -194,77 +224,73 @@ struct FinishHiddenGradient {
                 of_up[p] = detail::pack_bf16(w * da0 * p0.by_up, w * da1 * p1.by_up);
                 of_inner[p] = detail::pack_bf16(w * p0.a, w * p1.a);
             }
-            const auto store = [&](const std::uint32_t(&pairs)[16], const RowsOut& out) {
-                chunk.store(pairs, out.data + tile.row * out.stride + column, out.stride, tile.rows, columns);
-            };
-            if constexpr (gated) store(of_gate, dgate);
-            store(of_up, dup);
-            store(of_inner, inner);
+            if constexpr (gated) detail::store_rows(of_gate, steps, 0, dgate, tile, column, width);
+            detail::store_rows(of_up, steps, 1, dup, tile, column, width);
+            detail::store_rows(of_inner, steps, 2, inner, tile, column, width);
         }
         for (int i = 0; i < 2; ++i) {
             part[i] += __shfl_xor_sync(~0u, part[i], 1);
             part[i] += __shfl_xor_sync(~0u, part[i], 2);
             const int row = lane / 4 + 8 * i;
-            if (parts != nullptr && lane % 4 == 0 && row < tile.rows) parts[(tile.row + row) * n_tiles + tile.n] = part[i];
+            if (parts != nullptr && lane % 4 == 0 && row < tile.rows)
+                parts[(tile.row + row) * n_tiles + tile.n] = part[i];
         }
     }
 
 private:
     __device__ FunctionPoint point(float g, float u) const {
-        if constexpr (swiglu) return swiglu_point(g, u);
-        return point_of(function, g, u);
+        if constexpr (swiglu)
+            return swiglu_point(g, u);
+        else
+            return point_of(function, g, u);
     }
 };
 
-/// Gradients of weights (+=), [E, m, n]: of one matrix, or of two that have the same rows of k.
+/// Gradients of weights (+=), [E, m, n]: of one matrix, or of two that have the same rows of k. Map `out` and map
+/// `extra` of each are the same tensor.
 struct FinishAdd {
-    bf16* out[2];
-    index_t expert_stride[2], stride[2];
-    int m = 0, n = 0;
-
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], char* at, int lane) const {
-        constexpr int pitch = detail::WarpChunk::pitch;
-        const int rows = m - tile.m;
-        if (rows <= 0 || out[tile.matrix] == nullptr) return;
-        bf16* const to = out[tile.matrix] + tile.expert * expert_stride[tile.matrix] + tile.m * stride[tile.matrix];
-        // In float until the sum is whole: 32 columns at a time.
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-            const int column = tile.n * 256 + 32 * c;
-            if (column >= n) break;
-#pragma unroll
-            for (int p = 0; p < 8; ++p)
-                *reinterpret_cast<float2*>(at + (lane / 4 + 8 * (p % 2)) * pitch + p / 2 * 32 + lane % 4 * 8) =
-                    float2{d[16 * c + 2 * p], d[16 * c + 2 * p + 1]};
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int row = 8 * i + lane / 4, first = column + lane % 4 * 8;
-                if (row >= rows || first >= n) continue;
-                uint4* const place = reinterpret_cast<uint4*>(to + row * stride[tile.matrix] + first);
-                const float4* const sums = reinterpret_cast<const float4*>(at + row * pitch + lane % 4 * 32);
-                const float4 low = sums[0], high = sums[1];
-                uint4 held = *place;
-                held.x = add(held.x, low.x, low.y);
-                held.y = add(held.y, low.z, low.w);
-                held.z = add(held.z, high.x, high.y);
-                held.w = add(held.w, high.z, high.w);
-                *place = held;
-            }
-            __syncwarp();
-        }
+    /// What is added to: 128 columns at a time, in two boxes.
+    static constexpr int extra_steps = 2;
+    template <int multipliers>
+    static constexpr int extra_bytes() {
+        return 2 * ProductBlock<multipliers>::rows * 128;
+    }
+    template <int multipliers, class Tile>
+    __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
+                                 std::uint32_t full) {
+        constexpr int rows = ProductBlock<multipliers>::rows;
+        for (int box = 0; box < 2; ++box)
+            hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full, tile.n * 256 + 128 * step + 64 * box,
+                             tile.m * rows, tile.expert);
     }
 
-private:
-    __device__ static std::uint32_t add(std::uint32_t pair, float low, float high) {
-        const float2 old = detail::unpack_bf16(pair);
-        return detail::pack_bf16(old.x + low, old.y + high);
+    template <int multipliers>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[128],
+                               const FinishSteps<multipliers>& steps) const {
+        const char* box = nullptr;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (c % 2 == 0) box = steps.take();
+            std::uint32_t pairs[16];
+            detail::read_box(box + c % 2 * ProductBlock<multipliers>::rows * 128, tile.in_tile, steps.lane, pairs);
+            if (c % 2 == 1) steps.give();
+#pragma unroll
+            for (int p = 0; p < 16; ++p) {
+                const float2 old = detail::unpack_bf16(pairs[p]);
+                pairs[p] = detail::pack_bf16(old.x + d[32 * c + 2 * p], old.y + d[32 * c + 2 * p + 1]);
+            }
+            const std::uint32_t at = detail::lay_out(pairs, steps);
+            if (steps.lane != 0) continue;
+            // What lies outside the matrix is not written.
+            hopper::store_box(steps.maps.out[tile.matrix], at, tile.n * 256 + 64 * c, tile.m, tile.expert);
+            hopper::close_stores();
+        }
     }
 };
 
 /// dweight[t, k] += the parts of row r, in order of the columns, for every row of the plan.
-__global__ inline void add_weight_parts(const float* parts, int n_tiles, const index_t* offsets, int experts,
-                                        const std::int32_t* choice, int top_k, float* dweight, index_t stride) {
+__global__ void add_weight_parts(const float* parts, int n_tiles, const index_t* offsets, int experts,
+                                 const std::int32_t* choice, int top_k, float* dweight, index_t stride) {
     const index_t row = offsets[0] + static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (row >= offsets[experts]) return;
     float sum = 0;

@@ -33,7 +33,8 @@ struct ActivationPoint {
 __device__ inline ActivationPoint activate(Activation activation, float u) {
     constexpr float half_root = 0.70710678118654752f, density = 0.39894228040143268f, tanh_scale = 0.79788456080286536f;
     switch (activation) {
-        case Activation::relu: return {fmaxf(u, 0.0f), u > 0.0f ? 1.0f : 0.0f};
+        case Activation::relu:
+            return {fmaxf(u, 0.0f), u > 0.0f ? 1.0f : 0.0f};
         case Activation::relu2: {
             const float kept = fmaxf(u, 0.0f);
             return {kept * kept, 2.0f * kept};
@@ -51,7 +52,8 @@ __device__ inline ActivationPoint activate(Activation activation, float u) {
             const float s = 1.0f / (1.0f + expf(-u));
             return {u * s, s * (1.0f + u * (1.0f - s))};
         }
-        case Activation::identity: break;
+        case Activation::identity:
+            break;
     }
     return {u, 1.0f};
 }

@@ -14,8 +14,10 @@ namespace steelyard::cuda {
 
 template <class T>
 __device__ float to_float(T value) {
-    if constexpr (std::is_same_v<T, bf16>) return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16);
-    else return value;
+    if constexpr (std::is_same_v<T, bf16>)
+        return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16);
+    else
+        return value;
 }
 template <class T>
 __device__ T from_float(float value) {
@@ -80,13 +82,13 @@ __device__ inline float sum_of_block(float value) {
 /// What the gradient of the rows of one expert is made of.
 template <class T>
 struct GradientRows {
-    Matrix<const T> gate, up;       // kept
-    Matrix<const T> da;             // the output's gradient through `down`, without the combine weight
-    Matrix<const T> dy;             // [T, d], of the tokens; only with down_bias
-    Matrix<T> dgate, dup, inner;    // (=)
-    Matrix<const gate_t<T>> weight; // [T, K], or none: 1
-    Matrix<gate_t<T>> dweight;      // [T, K] (+=), or none
-    const T* down_bias = nullptr;   // [d]
+    Matrix<const T> gate, up;        // kept
+    Matrix<const T> da;              // the output's gradient through `down`, without the combine weight
+    Matrix<const T> dy;              // [T, d], of the tokens; only with down_bias
+    Matrix<T> dgate, dup, inner;     // (=)
+    Matrix<const gate_t<T>> weight;  // [T, K], or none: 1
+    Matrix<gate_t<T>> dweight;       // [T, K] (+=), or none
+    const T* down_bias = nullptr;    // [d]
 };
 
 /// dgate, dup, inner (=) w da a', w a;  dweight += <da, a> + <dy, b_down>. One block of 256 threads a row.

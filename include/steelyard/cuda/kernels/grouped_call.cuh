@@ -1,0 +1,138 @@
+// A grouped product as its kernel is told of it: what is multiplied, in which tiles, and where these lie in shared
+// memory.
+#pragma once
+
+#include <cstdint>
+
+#include "steelyard/core/bf16.hpp"
+#include "steelyard/cuda/grouped_tiles.hpp"
+#include "steelyard/cuda/kernels/hopper.cuh"
+
+namespace steelyard::cuda {
+
+/// How an operand of a grouped product reaches shared memory, for each expert. "Turned": k runs over the matrix's rows,
+/// m or n along them.
+enum class Bring {
+    weights,          ///< b: a weight [E, n, k]
+    weights_turned,   ///< b: a weight [E, k, n]
+    rows,             ///< a: grouped rows [N, k]
+    rows_turned,      ///< a or b: grouped rows, summed over
+    gathered,         ///< a: rows of tokens, [T, k] through the plan
+    gathered_turned,  ///< a or b: rows of tokens, summed over
+};
+
+constexpr bool is_turned(Bring bring) {
+    return bring == Bring::weights_turned || bring == Bring::rows_turned || bring == Bring::gathered_turned;
+}
+constexpr bool is_gathered(Bring bring) { return bring == Bring::gathered || bring == Bring::gathered_turned; }
+
+/// Tensors that the copy engine reads and writes; two of a kind are gate and up. `extra` is what the finish reads,
+/// `out` what it writes.
+struct ProductMaps {
+    hopper::TensorMap a[2], b[2], extra[2], out[3];
+};
+
+struct GroupedProduct {
+    const index_t* offsets = nullptr;  // [E + 1]
+    int experts = 0;
+    TileCount tiles;
+    const std::int32_t* choice = nullptr;  // [N]
+    Divisor top_k;
+    const bf16* tokens = nullptr;  // what is gathered, [T, width]
+    index_t token_stride = 0;
+    int token_width = 0;
+    int segments = 1;  ///< a_0 b_0 + a_1 b_1
+    int k_steps = 0;   ///< of 64 in each segment, where k is not over rows
+    int n_step = 256;  ///< columns of b from one tile to the next; 128 where half a tile is of each of two weights
+    int m_tiles_of_one = 0;  ///< results that rows are summed into: tiles of rows of the first of two
+};
+
+/// What a finish is told of its tile.
+struct FinishedTile {
+    int expert = 0;
+    index_t row = 0;  ///< first grouped row, where rows are the result's
+    int rows = 0;     ///< of these, how many are the expert's
+    int m = 0;        ///< first row of the result within the expert
+    int in_tile = 0;  ///< and within the tile
+    int n = 0;        ///< tile of columns
+    int matrix = 0;   ///< which of two results
+};
+
+/// Sizes of a block: `multipliers` warpgroups that each multiply 64 rows by 256 columns, and one that loads.
+template <int multipliers>
+struct ProductBlock {
+    static constexpr int threads = 128 * (multipliers + 1);
+    static constexpr int rows = 64 * multipliers, columns = 256, depth = 64;
+    static constexpr int a_bytes = rows * depth * 2, b_bytes = columns * depth * 2, stage_bytes = a_bytes + b_bytes;
+    static constexpr int stages = multipliers == 2 ? 4 : 5;
+    static constexpr int chunk_bytes = 2 * 16 * 128;  // a warp's, on the way to global memory
+    static constexpr int turned_block = 64 * 128;     // 64 k of 64 m or n
+    /// Gathered copies have this many steps to come before their thread waits for them.
+    static constexpr int lag = 2;
+
+    static constexpr int shared_bytes(int experts) {
+        return stages * stage_bytes + 4 * multipliers * chunk_bytes + 2 * stages * 8 + (experts + 1) * 4;
+    }
+};
+
+namespace detail {
+
+/// Where a block's parts lie in shared memory.
+template <int multipliers>
+struct ProductShared {
+    using Block = ProductBlock<multipliers>;
+    char* base;  // a multiple of 1,024
+    __device__ std::uint32_t a(int stage) const { return hopper::shared_address(base) + stage * Block::stage_bytes; }
+    __device__ std::uint32_t b(int stage) const { return a(stage) + Block::a_bytes; }
+    __device__ char* chunk(int warp) const {
+        return base + Block::stages * Block::stage_bytes + warp * Block::chunk_bytes;
+    }
+    __device__ std::uint32_t full(int stage) const {
+        return hopper::shared_address(chunk(4 * multipliers)) + 8 * stage;
+    }
+    __device__ std::uint32_t empty(int stage) const { return full(Block::stages + stage); }
+    __device__ int* first() const { return reinterpret_cast<int*>(chunk(4 * multipliers) + 16 * Block::stages); }
+};
+
+/// first [E + 1] (=): a warp's running sum of the experts' tiles.
+__device__ inline void count_tiles(const GroupedProduct& of, int lane, int* first) {
+    int before = 0;
+    if (lane == 0) first[0] = 0;
+    for (int begin = 0; begin < of.experts; begin += 32) {
+        const int e = begin + lane;
+        int sum = e < of.experts ? of.tiles(of.offsets[e + 1] - of.offsets[e]) : 0;
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (e < of.experts) first[e + 1] = before + sum;
+        before += __shfl_sync(~0u, sum, 31);
+    }
+}
+
+/// One tile as loaders and multipliers see it.
+template <int multipliers, bool over_rows>
+struct ProductTile {
+    int expert, m, n, matrix, steps;
+    index_t first_row;  // of the expert
+    int rows;           // of the expert
+
+    __device__ ProductTile(const GroupedProduct& of, const TileWalk& walk, int index) {
+        expert = walk.expert;
+        first_row = of.offsets[expert];
+        rows = static_cast<int>(of.offsets[expert + 1] - first_row);
+        const TilePlace place = place_of(index - walk.first[expert], of.tiles.m(rows), of.tiles.n_tiles);
+        m = place.m;
+        n = place.n;
+        matrix = 0;
+        if (over_rows && m >= of.m_tiles_of_one) {
+            matrix = 1;
+            m -= of.m_tiles_of_one;
+        }
+        steps = over_rows ? tiles_of(rows, 64) : of.segments * of.k_steps;
+    }
+};
+
+}  // namespace detail
+
+}  // namespace steelyard::cuda
