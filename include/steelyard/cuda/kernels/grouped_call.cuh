@@ -94,20 +94,27 @@ struct ProductShared {
     __device__ int* first() const { return reinterpret_cast<int*>(chunk(4 * multipliers) + 16 * Block::stages); }
 };
 
-/// first [E + 1] (=): a warp's running sum of the experts' tiles.
-__device__ inline void count_tiles(const GroupedProduct& of, int lane, int* first) {
-    int before = 0;
-    if (lane == 0) first[0] = 0;
-    for (int begin = 0; begin < of.experts; begin += 32) {
-        const int e = begin + lane;
-        int sum = e < of.experts ? of.tiles(of.offsets[e + 1] - of.offsets[e]) : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
+/// first [E + 1] (=): the running sum of the experts' tiles, by all threads of the block. Counts are read together, before
+/// one warp adds them up: few tokens are done before they would have been read one after the other.
+__device__ inline void count_tiles(const GroupedProduct& of, int* first) {
+    for (int e = threadIdx.x; e <= of.experts; e += blockDim.x)
+        first[e] = e == 0 ? 0 : of.tiles(of.offsets[e] - of.offsets[e - 1]);
+    __syncthreads();
+    const int lane = threadIdx.x;
+    if (lane < 32) {
+        int before = 0;
+        for (int begin = 1; begin <= of.experts; begin += 32) {
+            const int e = begin + lane;
+            int sum = e <= of.experts ? first[e] : 0;
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += other;
+            }
+            if (e <= of.experts) first[e] = before + sum;
+            before += __shfl_sync(~0u, sum, 31);
         }
-        if (e < of.experts) first[e + 1] = before + sum;
-        before += __shfl_sync(~0u, sum, 31);
     }
+    __syncthreads();
 }
 
 /// One tile as loaders and multipliers see it.

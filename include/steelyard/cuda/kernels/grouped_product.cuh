@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(ProductBlock<multipliers>::threads, 1)
         }
         hopper::publish_barriers();
     }
-    if (warp == 1) detail::count_tiles(of, lane, shared.first());
-    __syncthreads();
+    detail::count_tiles(of, shared.first());
     const int total = shared.first()[of.experts];
 
     if (warp < 4) {
