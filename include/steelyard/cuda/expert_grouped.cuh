@@ -4,6 +4,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -12,6 +13,7 @@
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/call.cuh"
 #include "steelyard/cuda/device.hpp"
+#include "steelyard/cuda/gpu.cuh"
 #include "steelyard/cuda/kernels/ffn_finish.cuh"
 #include "steelyard/ops/expert_ops.hpp"
 
@@ -80,13 +82,7 @@ public:
         return fine && tensor.extents[View::rank - 1] % 8 == 0;
     }
     /// The GPU has the instructions. Kernels are built for it alone.
-    static bool runs_here() {
-        int device = 0, major = 0, minor = 0;
-        check_call(cudaGetDevice(&device), "cudaGetDevice");
-        check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-        check_call(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-        return major == 9 && minor == 0;
-    }
+    static bool runs_here() { return Gpu::current().is_sm_90; }
 
     static index_t scratch_bytes(index_t rows, index_t hidden) {
         const index_t inner = rows * hidden * static_cast<index_t>(sizeof(bf16));
@@ -296,16 +292,15 @@ private:
         using Block = ProductBlock<multipliers>;
         const auto kernel = grouped_product<a, b, multipliers, Finish>;
         const int shared = Block::shared_bytes(of.experts);
-        check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                   "cudaFuncSetAttribute");
-        kernel<<<multiprocessors(), Block::threads, shared, device_.stream>>>(maps, of, finish);
+        // Once for each kernel and GPU: for few tokens, each call of the runtime takes longer than a product.
+        static std::atomic<bool> allowed[Gpu::most];
+        const Gpu& gpu = Gpu::current();
+        if (!allowed[gpu.ordinal].exchange(true))
+            check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            Block::shared_bytes(most_experts)),
+                       "cudaFuncSetAttribute");
+        kernel<<<gpu.multiprocessors, Block::threads, shared, device_.stream>>>(maps, of, finish);
         check_call(cudaGetLastError(), "grouped_product");
-    }
-    static int multiprocessors() {
-        int device = 0, count = 0;
-        check_call(cudaGetDevice(&device), "cudaGetDevice");
-        check_call(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-        return count;
     }
 
     Cuda device_;

@@ -1,42 +1,13 @@
 // Rows of one expert between cuBLAS products: gathering, biases, the activation and its gradient.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
-#include <type_traits>
 
-#include "steelyard/core/bf16.hpp"
 #include "steelyard/core/gate.hpp"
 #include "steelyard/cuda/kernels/ffn_function.cuh"
+#include "steelyard/cuda/kernels/warp.cuh"
 
 namespace steelyard::cuda {
-
-template <class T>
-__device__ float to_float(T value) {
-    if constexpr (std::is_same_v<T, bf16>)
-        return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16);
-    else
-        return value;
-}
-template <class T>
-__device__ T from_float(float value) {
-    if constexpr (std::is_same_v<T, bf16>) {
-        bf16 rounded;
-        rounded.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-        return rounded;
-    } else {
-        return value;
-    }
-}
-
-/// A matrix as kernels take it.
-template <class T>
-struct Matrix {
-    T* data = nullptr;
-    index_t stride = 0;
-    __device__ T& operator()(index_t row, index_t column) const { return data[row * stride + column]; }
-};
 
 /// to[r] (=) from[choice[r] / K], one block a row.
 template <class T>
@@ -66,17 +37,6 @@ __global__ void activate_rows(FunctionOf function, int hidden, const T* gate_bia
         }
         if (inner.data != nullptr) inner(row, j) = from_float<T>(point_of(function, g, u).a);
     }
-}
-
-/// The sum of one number of each of 256 threads, in a fixed order; in thread 0.
-__device__ inline float sum_of_block(float value) {
-    __shared__ float sums[256];
-    sums[threadIdx.x] = value;
-    for (int half = 128; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    return sums[0];
 }
 
 /// What the gradient of the rows of one expert is made of.

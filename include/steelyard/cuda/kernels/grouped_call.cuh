@@ -94,8 +94,8 @@ struct ProductShared {
     __device__ int* first() const { return reinterpret_cast<int*>(chunk(4 * multipliers) + 16 * Block::stages); }
 };
 
-/// first [E + 1] (=): the running sum of the experts' tiles, by all threads of the block. Counts are read together, before
-/// one warp adds them up: few tokens are done before they would have been read one after the other.
+/// first [E + 1] (=): the running sum of the experts' tiles, by all threads of the block. Counts are read together,
+/// before one warp adds them up: few tokens are done before they would have been read one after the other.
 __device__ inline void count_tiles(const GroupedProduct& of, int* first) {
     for (int e = threadIdx.x; e <= of.experts; e += blockDim.x)
         first[e] = e == 0 ? 0 : of.tiles(of.offsets[e] - of.offsets[e - 1]);
