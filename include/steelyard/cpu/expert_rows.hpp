@@ -16,7 +16,7 @@ namespace steelyard::cpu::detail::expert {
 
 /// Most rows of a tile.
 inline constexpr index_t tile_rows = 288;
-/// Rows that the weight gradients gather and add at a time: fixed, because it is part of the order of addition.
+/// Most rows that the weight gradients gather and add at a time.
 inline constexpr index_t gathered_rows = 384;
 /// Rows of a weight that one task of the weight gradients owns: its other operand is packed once for all of them.
 inline constexpr index_t weight_block = 528;
@@ -69,16 +69,6 @@ view<const T, 2> gather(const Plan<>& plan, view<const T, 2> from, index_t begin
     for (index_t r = begin; r < end; ++r)
         std::memcpy(&rows(r - begin, 0), &from(plan.choice[r] / top_k, 0), static_cast<std::size_t>(width) * sizeof(T));
     return rows;
-}
-
-/// c[m,n] = bias[n] + a[m,k] b[n,k]^T, the bias absent or not.
-template <class T>
-void linear(view<const T, 2> a, view<const T, 2> b, view<const T, 2> bias, index_t expert, view<T, 2> c,
-            std::byte* scratch) {
-    if (!bias.present()) return gemm_nt<T>(a, b, c, Write::assign, scratch);
-    for (index_t i = 0; i < c.extents[0]; ++i)
-        std::memcpy(&c(i, 0), &bias(expert, 0), static_cast<std::size_t>(c.extents[1]) * sizeof(T));
-    gemm_nt<T>(a, b, c, Write::add, scratch);
 }
 
 /// bias[expert][begin + i] += sum over rows of rows[r][i], in order; an absent bias is skipped.

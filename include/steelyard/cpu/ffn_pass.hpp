@@ -30,7 +30,7 @@ inline constexpr index_t split_rows = 256;
 /// One thread's part of the scratch.
 template <class T>
 struct FfnScratch {
-    view<T, 2> width;   // [gathered_rows, d]  rows of x or dy
+    view<T, 2> width;   // [gathered_rows, d]  rows of x or dy, as they are or in the format of a product
     view<T, 2> hidden;  // [tile_rows, hidden_block]
     view<T, 2> block;   // [tile_rows, columns of a panel]
     view<T, 2> along;   // [tile_rows, lanes]
@@ -41,7 +41,7 @@ struct FfnScratch {
     template <class Field>
     void fields(Field&& field, index_t d, index_t h) {
         const index_t widest = whole_panels(std::max(d, h));
-        field("width", width, gathered_rows, d + row_gap<T>);
+        field("width", width, gathered_rows, whole_panels(d) + row_gap<T>);
         field("hidden", hidden, tile_rows, std::min(hidden_block, widest) + row_gap<T>);
         field("block", block, tile_rows, 2 * row_gap<T>);
         field("along", along, tile_rows, row_gap<T>);

@@ -27,15 +27,9 @@ struct FfnForward {
     Operand<F> inner_operand = {};  // room for the same, where F is not T
     T* out = nullptr;               // [rows, d] (=), or null
     index_t out_row = 0;
-    T* block = nullptr;                        // block_elements(rows)
+    T* block = nullptr;                        // [max(rows, 8), panel_width]
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
-
-/// Elements of the block that holds a panel's columns of all rows.
-template <class T>
-[[nodiscard]] constexpr index_t block_elements(index_t rows) {
-    return std::max<index_t>(rows, 8) * panel_width<T>;
-}
 
 namespace part {
 
@@ -49,7 +43,7 @@ bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count,
         const index_t j = call.hidden.paired ? (panel + v / 2) * lanes : (panel * panel_vectors + v) * lanes;
         const T* const bias = call.hidden.paired && v % 2 == 0 ? call.gate_bias : call.up_bias;
         const index_t here = std::clamp<index_t>(call.hidden.columns - j, 0, lanes);
-        const auto values = load_first(bias + (here > 0 ? j : 0), here);
+        const auto values = load_some<T>(bias + (here > 0 ? j : 0), here);
         for (index_t r = 0; r < call.rows; ++r) store(block + (r * vectors + v) * lanes, values);
     }
     return true;
@@ -86,9 +80,9 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                 }
                 if (call.inner != nullptr) store(inner, function.value(gate, up));
             } else {
-                if (kept != nullptr) store_first<T>(kept, up, here);
-                if (kept_gate != nullptr) store_first<T>(kept_gate, gate, here);
-                if (call.inner != nullptr) store_first<T>(inner, function.value(gate, up), here);
+                if (kept != nullptr) store_some<T>(kept, up, here);
+                if (kept_gate != nullptr) store_some<T>(kept_gate, gate, here);
+                if (call.inner != nullptr) store_some<T>(inner, function.value(gate, up), here);
             }
         }
 }
@@ -99,7 +93,7 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
 template <class T, class F>
 void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
     const index_t depth = call.hidden.words();
-    const index_t at_once = call.rows > register_rows<F> ? 1 : panels_at_once<F>(call.rows);
+    const index_t at_once = call.rows > register_rows ? 1 : panels_at_once<F>(call.rows);
     const index_t together = depth <= depth_block<F> ? last - first : at_once;
     const index_t first_column = first * call.hidden.panel_columns();
     for (index_t q0 = first; q0 < last; q0 += together) {
@@ -163,7 +157,7 @@ struct FfnBackward {
     T* inner = nullptr;              // [rows, h] (=)  times the combine weight
     bool inner_past_caches = false;  // inner is too much to be found in a cache again
     T* along = nullptr;              // [rows, lanes] (+=)  <down^T dout, a>, in lanes
-    T* block = nullptr;              // block_elements(rows)
+    T* block = nullptr;              // [max(rows, 8), panel_width]
     T* room = nullptr;               // pack_room elements
 };
 
@@ -218,12 +212,12 @@ void finish_backward(const Function& function, const FfnBackward<T>& call, index
                 store<T>(dup + j, g.dup);
                 if constexpr (Function::gated) store<T>(dgate + j, g.dgate);
             } else {
-                const auto d = load_first(dinner + (j - j0), here);
-                const auto g = function.gradient(load_first(gate + j, here), load_first(up + j, here), weight * d);
+                const auto d = load_some<T>(dinner + (j - j0), here);
+                const auto g = function.gradient(load_some<T>(gate + j, here), load_some<T>(up + j, here), weight * d);
                 along += d * g.value;
-                store_first<T>(inner + j, weight * g.value, here);
-                store_first<T>(dup + j, g.dup, here);
-                if constexpr (Function::gated) store_first<T>(dgate + j, g.dgate, here);
+                store_some<T>(inner + j, weight * g.value, here);
+                store_some<T>(dup + j, g.dup, here);
+                if constexpr (Function::gated) store_some<T>(dgate + j, g.dgate, here);
             }
         }
         store(call.along + r * lanes, along);
@@ -236,7 +230,7 @@ void finish_backward(const Function& function, const FfnBackward<T>& call, index
 template <class T>
 void ffn_backward_hidden(const FfnBackward<T>& call) {
     const index_t depth = call.down.depth, panels = call.down.panels();
-    const index_t at_once = call.rows > register_rows<T> ? 1 : panels_at_once<T>(call.rows);
+    const index_t at_once = call.rows > register_rows ? 1 : panels_at_once<T>(call.rows);
     const index_t together = depth <= depth_block<T> ? panels : at_once;
     for (index_t q0 = 0; q0 < panels; q0 += together) {
         for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
@@ -270,8 +264,6 @@ struct ExpertKernels {
     template <class T>
     using RightOf = Right<T>;
     template <class T>
-    using OperandOf = Operand<T>;
-    template <class T>
     using ProductOf = Product<T>;
     template <class T>
     using OuterProductOf = OuterProduct<T>;
@@ -297,7 +289,7 @@ struct ExpertKernels {
     static void to_panels(const T* row, index_t columns, T* panels, index_t apart) {
         spread_row(row, columns, panels, apart);
     }
-    /// An operand of `rows` rows of at most `n` elements in memory of operand_bytes(rows, n), and one row into it.
+    /// An operand of `rows` rows of at most `n` elements in `memory`, aligned to 64, and one row into it.
     template <class T>
     [[nodiscard]] static Operand<T> operand(std::byte* memory, index_t rows, index_t n) {
         return place_operand<T>(memory, rows, n);
@@ -332,7 +324,7 @@ struct ExpertKernels {
                 const T* const gate = gated ? kept.gate + r * kept.stride : up;
                 T* const out = inner + r * inner_row;
                 for_lanes<T>(columns, [&](index_t j, auto count) {
-                    store_first<T>(out + j, a.value(load_first(gate + j, count), load_first(up + j, count)), count);
+                    store_some<T>(out + j, a.value(load_some<T>(gate + j, count), load_some<T>(up + j, count)), count);
                 });
             }
         });
@@ -344,6 +336,4 @@ struct ExpertKernels {
             part::finish_backward(a, call, index_t{0}, columns, dinner, dinner_row);
         });
     }
-    template <class T>
-    using RowsOf = FfnRows<T>;
 };

@@ -65,7 +65,8 @@ void write_operand(const float* from, index_t stride, index_t rows, index_t n, c
     for (index_t r = 0; r < rows; ++r) part::write_row(from + r * stride, n, to, r);
 }
 
-/// An operand of `rows` rows of at most `n` elements in memory of operand_bytes<T>(rows, n), aligned to 64.
+/// An operand of `rows` rows of at most `n` elements from `memory` on, which is aligned to 64. It takes no more bytes
+/// than as many rows of n floats, n rounded up to 64, and 16 floats more.
 template <class T>
 [[nodiscard]] Operand<T> place_operand(std::byte* memory, index_t rows, index_t n) {
     Operand<T> operand;

@@ -19,7 +19,7 @@ void pack_rows(const T* from, index_t stride, index_t steps, index_t columns, T*
         for (index_t p = 0; p < steps; ++p) store(to + p * panel_width<T>, load(from + p * stride));
     } else {
         for (index_t p = 0; p < steps; ++p)
-            store(to + p * panel_width<T>, load_first(from + p * stride, std::max<index_t>(0, columns)));
+            store(to + p * panel_width<T>, load_some<T>(from + p * stride, std::max<index_t>(0, columns)));
     }
 }
 
@@ -35,7 +35,7 @@ void pack_columns(const T* from, index_t stride, index_t steps, index_t columns,
             for (index_t j = 0; j < lanes; ++j) block[j] = load(from + j * stride + p);
         } else {
             for (index_t j = 0; j < lanes; ++j)
-                block[j] = j < columns ? load_first(from + j * stride + p, depth) : typename Simd<T>::vec{};
+                block[j] = j < columns ? load_some<T>(from + j * stride + p, depth) : typename Simd<T>::vec{};
         }
         transpose<T>(block);
         for (index_t i = 0; i < depth; ++i) store(to + (p + i) * panel_width<T>, block[i]);
@@ -105,14 +105,14 @@ template <class T, class Body>
 void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end,
                 typename Format<T>::word* room, Body&& body) {
     using word = typename Format<T>::word;
-    const index_t wanted = rows > register_rows<T> ? 1 : panels_at_once<T>(rows), steps = end - begin;
+    const index_t wanted = rows > register_rows ? 1 : panels_at_once<T>(rows), steps = end - begin;
     if (right.stored != nullptr) {
         const index_t apart = right.words() * panel_width<T>;
         for (index_t q = first; q < last;) {
             const index_t count = last - q >= wanted ? wanted : 1;
             const word* const b = right.stored + q * apart + begin * panel_width<T>;
             body(q, count, b, apart,
-                 Ahead::run<T>(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
+                 Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
             q += count;
         }
         return;

@@ -55,10 +55,10 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
                        call.add = product.add || p0 > begin;
                        if (here == count * width) return tiles(product.rows, count, call, ahead);
                        // Columns beyond the last one would be written too: by way of a block that has them.
-                       sum_t block[register_rows<T> * width * 4];
+                       sum_t block[register_rows * width * 4];
                        const auto bytes = static_cast<std::size_t>(here) * sizeof(sum_t);
-                       for (index_t r = 0; r < product.rows; r += register_rows<T>) {
-                           const index_t high = std::min<index_t>(register_rows<T>, product.rows - r);
+                       for (index_t r = 0; r < product.rows; r += register_rows) {
+                           const index_t high = std::min<index_t>(register_rows, product.rows - r);
                            TileCall<T> part = call;
                            part.c = block;
                            part.c_row = count * width;
@@ -89,7 +89,7 @@ struct OuterProduct {
     index_t n = 0;
     T* out = nullptr;  // [m, n]
     index_t out_row = 0;
-    T* slab = nullptr;  // slab_elements(rows)
+    T* slab = nullptr;  // [rows, slab_width]
 };
 
 /// One row of a matrix into its place in the panels: to[q * apart + j] = from[q * panel_width + j], missing columns 0.
@@ -101,18 +101,12 @@ void spread_row(const T* from, index_t columns, T* to, index_t apart) {
         for (index_t v = 0; v < width; v += lanes) store(to + v, load(from + j + v));
     if (j == columns) return;
     for (index_t v = 0; v < width; v += lanes)
-        store(to + v, load_first(from + j + v, std::clamp<index_t>(columns - j - v, 0, lanes)));
+        store(to + v, load_some<T>(from + j + v, std::clamp<index_t>(columns - j - v, 0, lanes)));
 }
 
 /// Elements of a row of the slab: the columns of `left` that one tile takes, filled up to whole vectors.
 template <class T>
-inline constexpr index_t slab_width = (register_rows<T> + Simd<T>::lanes - 1) / Simd<T>::lanes* Simd<T>::lanes;
-
-/// Elements of the slab of OuterProduct.
-template <class T>
-[[nodiscard]] constexpr index_t slab_elements(index_t rows) {
-    return rows * slab_width<T>;
-}
+inline constexpr index_t slab_width = (register_rows + Simd<T>::lanes - 1) / Simd<T>::lanes* Simd<T>::lanes;
 
 namespace part {
 
@@ -139,7 +133,7 @@ void prefetch_tile(const T* c, index_t c_row, index_t rows) {
 
 template <class T>
 void add_outer_product(const OuterProduct<T>& product) {
-    constexpr index_t width = panel_width<T>, high = register_rows<T>;
+    constexpr index_t width = panel_width<T>, high = register_rows;
     const index_t rows = product.rows, m = product.m;
     if (rows == 0) return;
     for (index_t i = 0; i < m; i += high) {

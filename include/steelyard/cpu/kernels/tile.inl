@@ -3,7 +3,6 @@
 /// A panel holds, for each step of the depth, this many vectors of neighbouring columns.
 inline constexpr int panel_vectors = 2;
 /// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
-template <class T>
 inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
 
 /// Columns of a panel.
@@ -182,7 +181,7 @@ void tile(const TileCall<T>& call) {
 /// units waiting for each other's results.
 template <class T>
 [[nodiscard]] constexpr index_t panels_at_once(index_t rows) {
-    return rows == 1 ? 4 : rows * 3 <= register_rows<T> ? 2 : 1;
+    return rows == 1 ? 4 : rows * 3 <= register_rows ? 2 : 1;
 }
 
 namespace part {
@@ -200,8 +199,8 @@ constexpr std::array<Tile<T>, sizeof...(Row)> tiles_of(std::index_sequence<Row..
 /// The tile of `rows` (1 to register_rows) and `panels` (1, or panels_at_once(rows)).
 template <class T>
 void tile(index_t rows, index_t panels, const TileCall<T>& call) {
-    static constexpr auto one = part::tiles_of<T, 1>(std::make_index_sequence<register_rows<T>>{});
-    static constexpr auto two = part::tiles_of<T, 2>(std::make_index_sequence<register_rows<T> / 3>{});
+    static constexpr auto one = part::tiles_of<T, 1>(std::make_index_sequence<register_rows>{});
+    static constexpr auto two = part::tiles_of<T, 2>(std::make_index_sequence<register_rows / 3>{});
     const auto at = static_cast<std::size_t>(rows - 1);
     (panels == 1 ? one[at] : panels == 2 ? two[at] : &part::tile<T, 1, 4>)(call);
 }
@@ -213,9 +212,8 @@ struct Ahead {
     bool first_two = false;
 
     /// A run of bytes, by all tiles.
-    template <class T>
     static Ahead run(const void* from, index_t bytes, index_t rows, index_t steps) {
-        const index_t count = (rows + register_rows<T> - 1) / register_rows<T>;
+        const index_t count = (rows + register_rows - 1) / register_rows;
         const index_t half = (count + 1) / 2 * steps, step = bytes / std::max<index_t>(1, count * steps);
         return {{from, static_cast<const char*>(from) + half * step}, step, false};
     }
@@ -229,7 +227,7 @@ struct Nothing {
 /// last row) ahead of each tile.
 template <class T, class Before = Nothing>
 void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
-    const index_t count = (rows + register_rows<T> - 1) / register_rows<T>,
+    const index_t count = (rows + register_rows - 1) / register_rows,
                   half = ahead.first_two ? 1 : (count + 1) / 2;
     for (index_t i = 0, row = 0; i < count; ++i) {
         const index_t end = rows * (i + 1) / count, part = i / half;

@@ -36,17 +36,40 @@ inline void store(T* to, typename Simd<T>::vec v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-/// The first `count` lanes from memory, the others 0.
+/// The first `count` lanes from memory, the others from `rest`. Nothing beyond them is read.
 template <class T>
-inline typename Simd<T>::vec load_first(const T* from, index_t count) {
-    typename Simd<T>::vec v = {};
-    std::memcpy(&v, from, static_cast<std::size_t>(count) * sizeof(T));
-    return v;
+[[gnu::always_inline]] inline typename Simd<T>::vec load_some(const T* from, index_t count,
+                                                              typename Simd<T>::vec rest) {
+    constexpr int lanes = Simd<T>::lanes;
+    if (count >= lanes) return load(from);
+#if defined(__x86_64__)
+    if constexpr (kernel_isa >= Isa::avx512 && sizeof(T) == 4)
+        return __builtin_ia32_loadups512_mask(from, rest, static_cast<unsigned short>((1u << count) - 1u));
+#endif
+    alignas(vector_bytes) T part[lanes];
+    store(part, rest);
+    for (index_t i = 0; i < count; ++i) part[i] = from[i];
+    return load(part);
 }
 
+/// The first `count` lanes from memory, the others 0.
 template <class T>
-inline void store_first(T* to, typename Simd<T>::vec v, index_t count) {
-    std::memcpy(to, &v, static_cast<std::size_t>(count) * sizeof(T));
+[[gnu::always_inline]] inline typename Simd<T>::vec load_some(const T* from, index_t count) {
+    return load_some<T>(from, count, typename Simd<T>::vec{});
+}
+
+/// The first `count` lanes to memory.
+template <class T>
+[[gnu::always_inline]] inline void store_some(T* to, typename Simd<T>::vec v, index_t count) {
+    constexpr int lanes = Simd<T>::lanes;
+    if (count >= lanes) return store(to, v);
+#if defined(__x86_64__)
+    if constexpr (kernel_isa >= Isa::avx512 && sizeof(T) == 4)
+        return __builtin_ia32_storeups512_mask(to, v, static_cast<unsigned short>((1u << count) - 1u));
+#endif
+    alignas(vector_bytes) T part[lanes];
+    store(part, v);
+    for (index_t i = 0; i < count; ++i) to[i] = part[i];
 }
 
 /// The lanes' sum, in their order.
