@@ -1,6 +1,6 @@
 // Everything that a plain C++ compiler can use: the layer, its policies and the CPU device.
 //
-// MPI needs its own header: steelyard/comm/mpi.hpp.
+// MPI and NCCL need headers of their own: steelyard/comm/mpi.hpp, steelyard/comm/nccl.hpp.
 #pragma once
 
 #include "steelyard/balance/policy.hpp"

@@ -30,7 +30,7 @@ concept CommBackend = requires(const C& comm, std::span<std::int64_t> words) {
     { comm.end_sum(words) } -> std::same_as<Status>;
 };
 
-/// What a training loop asks beyond that. The three backends of this library have it; no layer needs it.
+/// What a training loop asks beyond that. `SelfComm`, `ThreadComm` and `MpiComm` have it; no layer needs it.
 ///
 /// 6. `begin_sum` and `end_sum` also take float and double, summed in rank order.
 /// 7. `broadcast(words, root)` leaves root's words on every rank; `all_gather(mine, all)` leaves the words of
