@@ -21,12 +21,12 @@ struct LocalEntropy {
     double coefficient = 0.01;
 
     template <class T, class Math = RowMath>
-    double loss(view<const T, 1> logits, Math math = {}) const {
+    constexpr double loss(view<const T, 1> logits, Math math = {}) const {
         return static_cast<double>(entropy(logits, math.log_sum_exp(logits), math));
     }
 
     template <class T, class Math = RowMath>
-    void gradient(view<const T, 1> logits, double factor, view<T, 1> dlogits, Math math = {}) const {
+    constexpr void gradient(view<const T, 1> logits, double factor, view<T, 1> dlogits, Math math = {}) const {
         const T lse = math.log_sum_exp(logits), of_row = entropy(logits, lse, math), scale = static_cast<T>(factor);
         const index_t experts = logits.extents[0];
         for (index_t i = 0; i < experts; ++i) {

@@ -12,13 +12,13 @@ struct ZLoss {
     double coefficient = 1e-3;
 
     template <class T, class Math = RowMath>
-    double loss(view<const T, 1> logits, Math math = {}) const {
+    constexpr double loss(view<const T, 1> logits, Math math = {}) const {
         const double lse = static_cast<double>(math.log_sum_exp(logits));
         return lse * lse;
     }
 
     template <class T, class Math = RowMath>
-    void gradient(view<const T, 1> logits, double factor, view<T, 1> dlogits, Math math = {}) const {
+    constexpr void gradient(view<const T, 1> logits, double factor, view<T, 1> dlogits, Math math = {}) const {
         const T lse = math.log_sum_exp(logits);
         math.add_exp(logits, lse, static_cast<T>(2.0 * factor) * lse, dlogits);
     }

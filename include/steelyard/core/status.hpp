@@ -17,6 +17,7 @@ enum class Code {
     comm_timeout,      ///< a rank did not reach a collective in time
     rank_refused,      ///< another rank refused its call, so this one cannot go on either
     comm_failure,      ///< the communication library reported an error
+    device_failure,    ///< the GPU or its library reported an error
 };
 
 /// `ok`, or a refusal that names the stage, the tensor, what was expected and what came.

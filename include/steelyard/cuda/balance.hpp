@@ -10,46 +10,35 @@
 
 namespace steelyard {
 
-/// The contract is that of balance_ops (ops/balance_ops.hpp), for T in {float, bf16}; defined in cuda/balance.cuh. What a
-/// routing holds is float for both.
+/// The contract is that of balance_ops (ops/balance_ops.hpp), for float; defined in cuda/balance.cuh. Loads, sums and
+/// slopes are in pinned host memory, where policies do their arithmetic; kernels write them once, when all blocks'
+/// parts are added up, in a fixed order.
 ///
-/// Loads, sums and slopes are host views: they lie in pinned memory, which kernels write once at their end, and which is
-/// copied to scratch on the stream before kernels read it. So what the host writes there in the stream's order is seen.
-///
-/// Counts are those of the CPU; sums in double are taken over the same blocks in the same order, so that they have the
-/// same bits where the routing has. For the sums of packed sequences each is cut into `parts`.
-///
-/// Not here: Shortfalls. Counts of a draw (`count_drawn`) are one chain of decisions over all tokens of all ranks, by one
-/// thread: some ten milliseconds for a million tokens.
+/// Objectives on logits are run as they are, a thread for each token: their functions must be constexpr. ZLoss is
+/// instantiated; your own is by one line beside the library's .cu. There is neither a draw (Shuffled) nor a histogram
+/// of shortfalls (QuantileBias) on this device.
 template <>
 struct balance_ops<Cuda> {
-    static constexpr index_t block = 256;  ///< tokens whose sum is taken in one go, as on the CPU
-    static constexpr index_t parts = 16;   ///< of a packed sequence
-
-    template <class T>
-    using Seen = Observation<gate_t<T>, CudaSpace>;
-    template <class T>
-    using Grad = RoutingGrad<gate_t<T>, CudaSpace>;
+    template <class G>
+    using Seen = Observation<G, CudaSpace>;
 
     static index_t scratch_bytes(const Cuda& device, const LayerShape& shape);
 
-    template <class T, class Tally = Choices>
-    static void count(const Cuda& device, const Seen<T>& seen, view<std::int64_t, 2> load, const Tally& tally = {});
-    template <class T, class Tally = Choices>
-    static void count_drawn(const Cuda& device, const Seen<T>& seen, const TokenDraw& draw, view<std::int64_t, 2> load,
-                            const Tally& tally = {});
-    template <class T, Quantity Q>
-    static void sum_quantity(const Cuda& device, const Seen<T>& seen, view<double, 2> sums,
+    template <class G, class Tally = Choices>
+    static void count(const Cuda& device, const Seen<G>& seen, view<std::int64_t, 2> load, const Tally& tally,
+                      std::byte* scratch);
+    template <class G, Quantity Q>
+    static void sum_quantity(const Cuda& device, const Seen<G>& seen, view<double, 2> sums,
                              view<std::int64_t, 1> own_tokens, std::byte* scratch);
-    template <class T, Quantity Q>
-    static void add_quantity_gradient(const Cuda& device, const Seen<T>& seen, view<const double, 2> coefficients,
-                                      double factor, const Grad<T>& grad, std::byte* scratch);
-    template <class T, class Objective>
-    static void sum_tokens(const Cuda& device, const Seen<T>& seen, const Objective& objective, view<double, 1> sum,
+    template <class G, Quantity Q>
+    static void add_quantity_gradient(const Cuda& device, const Seen<G>& seen, view<const double, 2> coefficients,
+                                      double factor, const RoutingGrad<G, CudaSpace>& grad, std::byte* scratch);
+    template <class G, class Objective>
+    static void sum_tokens(const Cuda& device, const Seen<G>& seen, const Objective& objective, view<double, 1> sum,
                            std::byte* scratch);
-    template <class T, class Objective>
-    static void add_token_gradient(const Cuda& device, const Seen<T>& seen, const Objective& objective, double factor,
-                                   view<gate_t<T>, 2, CudaSpace> dlogits, std::byte* scratch);
+    template <class G, class Objective>
+    static void add_token_gradient(const Cuda& device, const Seen<G>& seen, const Objective& objective, double factor,
+                                   view<G, 2, CudaSpace> dlogits, std::byte* scratch);
 };
 
 }  // namespace steelyard

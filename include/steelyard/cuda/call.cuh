@@ -12,7 +12,7 @@ namespace steelyard::cuda {
 /// Throws what a call of the CUDA runtime, or a launch, answered with, unless that is success.
 inline void check_call(cudaError_t result, const char* call) {
     if (result == cudaSuccess) return;
-    throw Error(Status::refuse(Code::comm_failure, "cuda", call, "success",
+    throw Error(Status::refuse(Code::device_failure, "cuda", call, "success",
                                std::string(cudaGetErrorName(result)) + ": " + cudaGetErrorString(result)));
 }
 

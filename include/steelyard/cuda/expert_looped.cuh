@@ -1,42 +1,20 @@
 // Experts one after the other by cuBLAS: for every element type, size and GPU.
 #pragma once
 
-#include <cublas_v2.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include "steelyard/core/gate.hpp"
 #include "steelyard/core/layout.hpp"
 #include "steelyard/core/routing.hpp"
-#include "steelyard/cuda/call.cuh"
 #include "steelyard/cuda/device.hpp"
 #include "steelyard/cuda/kernels/ffn_rows.cuh"
+#include "steelyard/cuda/product.cuh"
 #include "steelyard/ops/expert_ops.hpp"
 
 namespace steelyard::cuda {
-
-/// Whether an operand of a product is read as it lies or with rows and columns exchanged.
-enum class Turn { no, yes };
-
-/// c [m, n] (= or +=) op(a) op(b), all in rows; op exchanges rows and columns. float: without TF32.
-template <Turn turn_a, Turn turn_b, class T>
-void multiply(const Cuda& device, index_t m, index_t n, index_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-              Write write) {
-    if (m == 0 || n == 0) return;
-    constexpr cudaDataType type = std::is_same_v<T, bf16> ? CUDA_R_16BF : CUDA_R_32F;
-    const float one = 1.0f, beta = write == Write::add ? 1.0f : 0.0f;
-    // In columns, as cuBLAS sees it, the product is that of the exchanged operands.
-    const cublasStatus_t result = cublasGemmEx(
-        device.blas, turn_b == Turn::yes ? CUBLAS_OP_T : CUBLAS_OP_N, turn_a == Turn::yes ? CUBLAS_OP_T : CUBLAS_OP_N,
-        static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), &one, b.data, type, static_cast<int>(b.stride),
-        a.data, type, static_cast<int>(a.stride), &beta, c.data, type, static_cast<int>(c.stride), CUBLAS_COMPUTE_32F,
-        CUBLAS_GEMM_DEFAULT);
-    check_call(result == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown, cublasGetStatusString(result));
-}
 
 /// Feed-forward experts. The host waits for the plan's counts; rows are worked off in blocks, so that scratch does not
 /// grow with their number.
@@ -91,8 +69,8 @@ public:
             const Matrix<T> inner = from(to.inner, begin), da = of(scratch_.inner), all_dy = of(scratch_.dy);
             gather(x_, begin, count, scratch_.x);
             gather(dy, begin, count, scratch_.dy);
-            multiply<Turn::no, Turn::no, T>(device_, count, hidden_, width_, fixed(all_dy), of(weights_.down[e]), da,
-                                            Write::assign);
+            multiply<Turn::no, Turn::no, T, T>(device_, count, hidden_, width_, fixed(all_dy), of(weights_.down[e]), da,
+                                               Write::assign);
             const GradientRows<T> rows{function_.gated ? from(kept.gate, begin) : Matrix<const T>{},
                                        from(kept.up, begin),
                                        fixed(da),
@@ -109,11 +87,11 @@ public:
             check_call(cudaGetLastError(), "activation_gradient");
             if (drows.present()) {
                 const Matrix<T> out = from(drows, begin);
-                multiply<Turn::no, Turn::no, T>(device_, count, width_, hidden_, fixed(dup), of(weights_.up[e]), out,
-                                                Write::assign);
+                multiply<Turn::no, Turn::no, T, T>(device_, count, width_, hidden_, fixed(dup), of(weights_.up[e]), out,
+                                                   Write::assign);
                 if (function_.gated)
-                    multiply<Turn::no, Turn::no, T>(device_, count, width_, hidden_, fixed(dgate), of(weights_.gate[e]),
-                                                    out, Write::add);
+                    multiply<Turn::no, Turn::no, T, T>(device_, count, width_, hidden_, fixed(dgate),
+                                                       of(weights_.gate[e]), out, Write::add);
             }
             add_product(grads.up, e, hidden_, width_, count, dup, of(scratch_.x));
             add_product(grads.gate, e, hidden_, width_, count, dgate, of(scratch_.x));
@@ -178,13 +156,14 @@ private:
     /// out = rows weight^T
     void times_turned(index_t m, index_t n, index_t k, const Matrix<T>& rows, const view<const T, 2, Space>& weight,
                       const Matrix<T>& out) const {
-        multiply<Turn::no, Turn::yes, T>(device_, m, n, k, fixed(rows), of(weight), out, Write::assign);
+        multiply<Turn::no, Turn::yes, T, T>(device_, m, n, k, fixed(rows), of(weight), out, Write::assign);
     }
     /// grads[e] += left^T right, over `count` rows
     void add_product(const view<T, 3, Space>& grads, index_t e, index_t m, index_t n, index_t count,
                      const Matrix<T>& left, const Matrix<T>& right) const {
         if (grads.present())
-            multiply<Turn::yes, Turn::no, T>(device_, m, n, count, fixed(left), fixed(right), of(grads[e]), Write::add);
+            multiply<Turn::yes, Turn::no, T, T>(device_, m, n, count, fixed(left), fixed(right), of(grads[e]),
+                                                Write::add);
     }
     void add_sums(const view<T, 2, Space>& grads, index_t e, const Matrix<const T>& rows, index_t count, index_t width,
                   index_t begin, const Matrix<const gate_t<T>>& weight) const {

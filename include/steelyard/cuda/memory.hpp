@@ -66,13 +66,14 @@ struct memory_ops<Cuda> {
         copy(device, from, to);
     }
 
-    /// The same GPU on its side stream, after all that was enqueued until now. It has no cuBLAS: that belongs to `stream`.
+    /// The same GPU on its side stream, after all that was enqueued until now. It has no cuBLAS: that belongs to
+    /// `stream`.
     [[nodiscard]] static Cuda fork(const Cuda& device);
     /// What comes next waits for what was enqueued on the fork.
     static void join(const Cuda& device);
 
-    /// Calls function(argument) on a thread of CUDA's once the stream has come so far. It must not call CUDA, and what it
-    /// is given lives until then.
+    /// Calls function(argument) on a thread of CUDA's once the stream has come so far. It must not call CUDA, and what
+    /// it is given lives until then.
     static void run_on_host(const Cuda& device, void (*function)(void*), void* argument) {
         cuda::run_on_host(device, function, argument);
     }
@@ -82,7 +83,8 @@ struct memory_ops<Cuda> {
     static void run_on_host(const Cuda& device, Function function) {
         auto owned = std::make_unique<Function>(std::move(function));
         cuda::run_on_host(
-            device, [](void* argument) { (*std::unique_ptr<Function>(static_cast<Function*>(argument)))(); }, owned.get());
+            device, [](void* argument) { (*std::unique_ptr<Function>(static_cast<Function*>(argument)))(); },
+            owned.get());
         (void)owned.release();
     }
 

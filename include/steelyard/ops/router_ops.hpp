@@ -48,15 +48,15 @@ struct RouterNoise {
     std::uint32_t layer = 0;
 
     [[nodiscard]] bool active() const { return jitter != 0.0 || noise != 0.0; }
-    [[nodiscard]] Philox jitter_stream() const {
+    [[nodiscard]] constexpr Philox jitter_stream() const {
         return {seed, Stream::jitter, static_cast<std::uint64_t>(step.step), layer};
     }
-    [[nodiscard]] Philox noise_stream() const {
+    [[nodiscard]] constexpr Philox noise_stream() const {
         return {seed, Stream::noise, static_cast<std::uint64_t>(step.step), layer};
     }
 
     /// Position in the step's global batch of token t of this call.
-    [[nodiscard]] std::uint64_t position(index_t t) const { return static_cast<std::uint64_t>(step.token_offset + t); }
+    [[nodiscard]] constexpr std::uint64_t position(index_t t) const { return static_cast<std::uint64_t>(step.token_offset + t); }
 
     /// Blocks of four that a row of `elements` takes.
     [[nodiscard]] static constexpr std::uint64_t blocks(index_t elements) {
@@ -64,8 +64,8 @@ struct RouterNoise {
     }
 
     /// The factors of inputs 4 * block to 4 * block + 3 of a token of `width` inputs.
-    [[nodiscard]] std::array<double, 4> jitter_factors(const Philox& stream, std::uint64_t position,
-                                                       std::uint64_t block, index_t width) const {
+    [[nodiscard]] constexpr std::array<double, 4> jitter_factors(const Philox& stream, std::uint64_t position,
+                                                                 std::uint64_t block, index_t width) const {
         const auto words = stream.words(position * blocks(width) + block);
         std::array<double, 4> factors{};
         for (int i = 0; i < 4; ++i) {
@@ -75,16 +75,18 @@ struct RouterNoise {
         return factors;
     }
 
-    /// What is added to logits 4 * block to 4 * block + 3 of a token of `experts` logits (Box and Muller).
-    [[nodiscard]] std::array<double, 4> logit_noise(const Philox& stream, std::uint64_t position, std::uint64_t block,
-                                                    index_t experts) const {
+    /// What is added to logits 4 * block to 4 * block + 3 of a token of `experts` logits (Box and Muller). A template, so
+    /// that it may be constexpr, and thereby every device's, although the functions of <cmath> are not.
+    template <class Real = double>
+    [[nodiscard]] constexpr std::array<Real, 4> logit_noise(const Philox& stream, std::uint64_t position,
+                                                            std::uint64_t block, index_t experts) const {
         const auto words = stream.words(position * blocks(experts) + block);
-        std::array<double, 4> added{};
+        std::array<Real, 4> added{};
         for (int i = 0; i < 4; i += 2) {
-            const double unit =
+            const Real unit =
                 (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1): the logarithm is finite
-            const double radius = noise * std::sqrt(-2.0 * std::log(unit));
-            const double angle = 6.283185307179586476925 * 0x1.0p-32 * static_cast<double>(words[i + 1]);
+            const Real radius = noise * std::sqrt(-2.0 * std::log(unit));
+            const Real angle = 6.283185307179586476925 * 0x1.0p-32 * static_cast<double>(words[i + 1]);
             added[i] = radius * std::cos(angle);
             added[i + 1] = radius * std::sin(angle);
         }
