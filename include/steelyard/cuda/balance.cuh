@@ -31,7 +31,7 @@ struct ValueOf<FixedSums<Q>> {
 
 }  // namespace cuda
 
-inline index_t balance_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape) {
+index_t balance_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape) {
     const index_t parts = std::max<index_t>(shape.sequences, cuda::parts_of(shape.tokens, 1));
     return parts * (shape.experts + 1) * static_cast<index_t>(sizeof(double));
 }

@@ -56,13 +56,14 @@ struct memory_ops<Cuda> {
         std::memcpy(&bits, &value, sizeof(T));
         if (to.size() != 0) cuda::fill_rows(device, cuda::rows_of(to), bits, static_cast<int>(sizeof(T)));
     }
-    template <class T, int R, class From, class To>
-    static void copy(const Cuda& device, view<const T, R, From> from, view<T, R, To> to) {
+    template <class From, class T, int R, class FromSpace, class ToSpace>
+        requires std::is_same_v<std::remove_const_t<From>, T>
+    static void copy(const Cuda& device, view<From, R, FromSpace> from, view<T, R, ToSpace> to) {
         if (to.size() != 0) cuda::copy_rows(device, cuda::rows_of(from), cuda::rows_of(to));
     }
     /// From pinned memory, which keeps its contents until the stream has come so far.
-    template <class T, int R>
-    static void upload(const Cuda& device, view<const T, R> from, view<T, R, CudaSpace> to) {
+    template <class From, class T, int R>
+    static void upload(const Cuda& device, view<From, R> from, view<T, R, CudaSpace> to) {
         copy(device, from, to);
     }
 

@@ -44,11 +44,11 @@ bool takes_packs(index_t width, const Rows&... rows) {
 
 }  // namespace cuda
 
-inline index_t plan_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape, int top_k) {
+index_t plan_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape, int top_k) {
     return bytes_of<cuda::SortScratch>(cuda::sort_blocks(shape.tokens * top_k), shape.experts);
 }
 
-inline void plan_ops<Cuda>::make_plan(const Cuda& device, view<const expert_t, 2, CudaSpace> choices,
+void plan_ops<Cuda>::make_plan(const Cuda& device, view<const expert_t, 2, CudaSpace> choices,
                                       const Plan<CudaSpace>& plan, std::byte* scratch) {
     using cuda::SortCall;
     SortCall call;

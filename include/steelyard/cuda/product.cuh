@@ -3,6 +3,7 @@
 
 #include <cublas_v2.h>
 
+#include <string>
 #include <type_traits>
 
 #include "steelyard/cuda/call.cuh"
@@ -10,6 +11,13 @@
 #include "steelyard/cuda/kernels/warp.cuh"
 
 namespace steelyard::cuda {
+
+/// The same as check_call, of cuBLAS.
+inline void check_blas(cublasStatus_t result, const char* call) {
+    if (result == CUBLAS_STATUS_SUCCESS) return;
+    throw Error(Status::refuse(Code::device_failure, "cuda", call, "success",
+                               std::string(cublasGetStatusName(result)) + ": " + cublasGetStatusString(result)));
+}
 
 /// Whether an operand of a product is read as it lies or with rows and columns exchanged.
 enum class Turn { no, yes };
@@ -29,7 +37,7 @@ void multiply(const Cuda& device, index_t m, index_t n, index_t k, Matrix<const 
         static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), &one, b.data, type, static_cast<int>(b.stride),
         a.data, type, static_cast<int>(a.stride), &beta, c.data, result_type, static_cast<int>(c.stride),
         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
-    check_call(result == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown, cublasGetStatusString(result));
+    check_blas(result, "cublasGemmEx");
 }
 
 /// A grid of blocks of `threads` for `items` threads.

@@ -6,20 +6,21 @@
 #include <string>
 
 #include "steelyard/cuda/call.cuh"
+#include "steelyard/cuda/product.cuh"
 #include "steelyard/cuda/resources.hpp"
 
 namespace steelyard {
 
-inline CudaResources::CudaResources() {
+CudaResources::CudaResources() {
     CUstream_st* stream = nullptr;
     cuda::check_call(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     owns_stream_ = true;
     make(stream);
 }
-inline CudaResources::CudaResources(CUstream_st* stream) { make(stream); }
-inline CudaResources::~CudaResources() { release(); }
+CudaResources::CudaResources(CUstream_st* stream) { make(stream); }
+CudaResources::~CudaResources() { release(); }
 
-inline void CudaResources::make(CUstream_st* stream) {
+void CudaResources::make(CUstream_st* stream) {
     constexpr std::size_t workspace_bytes = std::size_t{32} << 20;  // what cuBLAS asks for on sm_90
     device_.stream = stream;
     try {
@@ -31,20 +32,22 @@ inline void CudaResources::make(CUstream_st* stream) {
                          "cudaHostAlloc");
         device_.faults = static_cast<std::int64_t*>(faults);
         for (int word = 0; word < CudaFaults::words; ++word) device_.faults[word] = -1;
-        cuda::check_call(cublasCreate(&device_.blas) == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown,
-                         "cublasCreate");
+        cuda::check_blas(cublasCreate(&device_.blas), "cublasCreate");
         cuda::check_call(cudaMalloc(&workspace_, workspace_bytes), "cudaMalloc");
         // In this order: a new stream takes the workspace away. With one of its own, cuBLAS sums in the same order in
         // every call and can be captured in a graph.
-        cublasSetStream(device_.blas, stream);
-        cublasSetWorkspace(device_.blas, workspace_, workspace_bytes);
+        cuda::check_blas(cublasSetStream(device_.blas, stream), "cublasSetStream");
+        cuda::check_blas(cublasSetWorkspace(device_.blas, workspace_, workspace_bytes), "cublasSetWorkspace");
+        // Partial sums of a long product are added in float, not in bf16.
+        constexpr int mode = CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        cuda::check_blas(cublasSetMathMode(device_.blas, static_cast<cublasMath_t>(mode)), "cublasSetMathMode");
     } catch (...) {
         release();
         throw;
     }
 }
 
-inline void CudaResources::release() {
+void CudaResources::release() {
     if (device_.side != nullptr) cudaStreamSynchronize(device_.side);
     if (device_.blas != nullptr) {
         cudaStreamSynchronize(device_.stream);
@@ -58,18 +61,32 @@ inline void CudaResources::release() {
     if (owns_stream_) cudaStreamDestroy(device_.stream);
 }
 
-inline Status CudaResources::synchronize() {
-    for (CUstream_st* stream : {device_.stream, device_.side})
+Status CudaResources::available() {
+    int count = 0;
+    const cudaError_t result = cudaGetDeviceCount(&count);
+    if (result == cudaSuccess && count > 0) return {};
+    (void)cudaGetLastError();
+    return Status::refuse(Code::device_failure, "cuda", "GPU", "one",
+                          result == cudaSuccess ? "none" : cudaGetErrorString(result));
+}
+
+Status check_cuda(const Cuda& device) {
+    for (CUstream_st* stream : {device.stream, device.side})
         if (const cudaError_t result = cudaStreamSynchronize(stream); result != cudaSuccess)
             return Status::refuse(Code::device_failure, "cuda", "stream", "success",
                                   std::string(cudaGetErrorName(result)) + ": " + cudaGetErrorString(result));
+    return {};
+}
+
+Status CudaResources::synchronize() {
+    if (Status status = check_cuda(device_); !status) return status;
     const std::int64_t token = std::exchange(device_.faults[CudaFaults::bad_logits], std::int64_t{-1});
     if (token < 0) return {};
     return Status::refuse(Code::not_finite, "router", "logits of token " + std::to_string(token), "finite numbers",
                           "a NaN or an infinity");
 }
 
-inline CudaBytes::CudaBytes(index_t bytes, Where where) : size_(bytes), where_(where) {
+CudaBytes::CudaBytes(index_t bytes, Where where) : size_(bytes), where_(where) {
     if (bytes == 0) return;
     void* data = nullptr;
     const auto size = static_cast<std::size_t>(bytes);
@@ -79,21 +96,21 @@ inline CudaBytes::CudaBytes(index_t bytes, Where where) : size_(bytes), where_(w
         cuda::check_call(cudaHostAlloc(&data, size, cudaHostAllocDefault), "cudaHostAlloc");
     data_ = static_cast<std::byte*>(data);
 }
-inline CudaBytes::~CudaBytes() {
+CudaBytes::~CudaBytes() {
     if (where_ == Where::gpu)
         cudaFree(data_);
     else
         cudaFreeHost(data_);
 }
-inline void CudaBytes::upload(const void* from, index_t bytes) const {
+void CudaBytes::upload(const void* from, index_t bytes) const {
     if (bytes > 0)
         cuda::check_call(cudaMemcpy(data_, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault), "cudaMemcpy");
 }
-inline void CudaBytes::download(void* to, index_t bytes) const {
+void CudaBytes::download(void* to, index_t bytes) const {
     if (bytes > 0)
         cuda::check_call(cudaMemcpy(to, data_, static_cast<std::size_t>(bytes), cudaMemcpyDefault), "cudaMemcpy");
 }
-inline void CudaBytes::fill(unsigned char value) const {
+void CudaBytes::fill(unsigned char value) const {
     if (size_ > 0) cuda::check_call(cudaMemset(data_, value, static_cast<std::size_t>(size_)), "cudaMemset");
     cuda::check_call(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }

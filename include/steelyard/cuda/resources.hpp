@@ -32,6 +32,9 @@ public:
     /// Waits for both streams. Refuses what went wrong on the GPU, then what kernels reported since the last call.
     Status synchronize();
 
+    /// Ok where the library finds a GPU, or why not.
+    static Status available();
+
 private:
     void make(CUstream_st* stream);
     void release();
@@ -41,7 +44,11 @@ private:
     bool owns_stream_ = false;
 };
 
-/// An owned block of memory, of the GPU or pinned on the host.
+/// Waits for the device's streams, and refuses what went wrong on the GPU since: for those who made the value
+/// themselves. A launch that could not begin has thrown at once.
+Status check_cuda(const Cuda& device);
+
+/// An owned block of memory, of the GPU or pinned on the host: the host and kernels reach it under one address.
 class CudaBytes {
 public:
     enum class Where { gpu, pinned };
