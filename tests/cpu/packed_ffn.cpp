@@ -216,3 +216,27 @@ TEST_CASE(
                   0);
         }
 }
+
+TEST_CASE("weights of fewer bits: experts narrower than a panel stay within their scratch") {
+    // Tall tiles of narrow rows: an operand in whole panels is wider than the rows that it holds.
+    for (const Isa isa : instruction_sets())
+        for (const PackedFormat format : {PackedFormat::bf16, PackedFormat::int8})
+            for (index_t width = 1; width <= 8; ++width) {
+                CAPTURE(name_of(isa));
+                CAPTURE(static_cast<int>(format));
+                CAPTURE(width);
+                FfnCase c{.rows = {300}, .width = width, .hidden = 5, .function = Activation::silu, .gated = true};
+                FfnRun<float> full(c), fewer(c);
+                const Cpu device{.isa = isa};
+                full.forward(device, full.weights(), full.kept(), full.rows.v);
+                fewer.forward(device, fewer.pack(device, PackedFor::inference, false, format), fewer.kept(),
+                              fewer.rows.v);
+                double off = 0, norm = 0;
+                for (index_t r = 0; r < c.filled(); ++r)
+                    for (index_t j = 0; j < c.width; ++j) {
+                        const double wanted = full.rows.v(r, j), d = fewer.rows.v(r, j) - wanted;
+                        off += d * d, norm += wanted * wanted;
+                    }
+                CHECK(off <= 4e-2 * 4e-2 * norm);
+            }
+}

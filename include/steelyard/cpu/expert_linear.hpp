@@ -50,7 +50,7 @@ void weight_gradient(const Cpu& device, const Plan<>& plan, const GroupedRows<T>
         for (index_t r0 = plan.offsets[e]; r0 < plan.offsets[e + 1]; r0 += gathered_rows) {
             const index_t r1 = std::min(r0 + gathered_rows, plan.offsets[e + 1]);
             gemm_tn<T>(fetch(plan, left, r0, r1, i0, i1, own.left), fetch(plan, right, r0, r1, 0, in, own.right),
-                       grad[e].slice(i0, i1), Write::add, own.gemm.data);
+                       grad[e].slice(i0, i1), Write::add, own.gemm.data, device.isa);
         }
     });
 }
@@ -78,7 +78,7 @@ struct LinearKernels {
             const detail::RowTile tile = tiling.tile(task);
             const auto own = part<T>(scratch, thread, in_width, out_width);
             gemm_nt<T>(detail::fetch(plan, input, tile.begin, tile.end, 0, in_width, own.left), weight[tile.expert],
-                       out.slice(tile.begin, tile.end), Write::assign, own.gemm.data);
+                       out.slice(tile.begin, tile.end), Write::assign, own.gemm.data, device.isa);
         });
     }
 
@@ -98,7 +98,7 @@ struct LinearKernels {
                 const detail::RowTile tile = tiling.tile(task);
                 const auto own = part<T>(scratch, thread, in_width, out_width);
                 gemm_nn<T>(detail::fetch(plan, dout, tile.begin, tile.end, 0, out_width, own.left), weight[tile.expert],
-                           din.slice(tile.begin, tile.end), Write::assign, own.gemm.data);
+                           din.slice(tile.begin, tile.end), Write::assign, own.gemm.data, device.isa);
             });
         }
         if (dweight.present()) detail::weight_gradient<T>(device, plan, dout, input, dweight, scratch);

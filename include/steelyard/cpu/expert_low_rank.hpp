@@ -38,21 +38,21 @@ void scale(view<T, 2> rows, T factor) {
 /// low = factor rows a^T,  out = rows base^T + low b^T
 template <class T>
 void updated_forward(view<const T, 2> rows, view<const T, 2> base, view<const T, 2> a, view<const T, 2> b, T factor,
-                     view<T, 2> low, view<T, 2> out, std::byte* scratch) {
-    gemm_nt<T>(rows, base, out, Write::assign, scratch);
-    gemm_nt<T>(rows, a, low, Write::assign, scratch);
+                     view<T, 2> low, view<T, 2> out, std::byte* scratch, Isa isa) {
+    gemm_nt<T>(rows, base, out, Write::assign, scratch, isa);
+    gemm_nt<T>(rows, a, low, Write::assign, scratch, isa);
     scale(low, factor);
-    gemm_nt<T>(low, b, out, Write::add, scratch);
+    gemm_nt<T>(low, b, out, Write::add, scratch, isa);
 }
 
 /// dlow = factor dout b,  drows (= or +=) dout base + dlow a
 template <class T>
 void updated_backward(view<const T, 2> dout, view<const T, 2> base, view<const T, 2> a, view<const T, 2> b, T factor,
-                      view<T, 2> dlow, view<T, 2> drows, Write write, std::byte* scratch) {
-    gemm_nn<T>(dout, base, drows, write, scratch);
-    gemm_nn<T>(dout, b, dlow, Write::assign, scratch);
+                      view<T, 2> dlow, view<T, 2> drows, Write write, std::byte* scratch, Isa isa) {
+    gemm_nn<T>(dout, base, drows, write, scratch, isa);
+    gemm_nn<T>(dout, b, dlow, Write::assign, scratch, isa);
     scale(dlow, factor);
-    gemm_nn<T>(dlow, a, drows, Write::add, scratch);
+    gemm_nn<T>(dlow, a, drows, Write::add, scratch, isa);
 }
 
 /// The plan's rows as those of one expert.
@@ -97,7 +97,8 @@ struct LowRankKernels {
             const auto input = detail::gather(plan, x, begin, end, own.width);
             const auto forward = [&](view<const T, 2> from, view<const T, 2> base, const LowRank<const T>& update,
                                      view<T, 2> narrow, view<T, 2> to) {
-                detail::updated_forward<T>(from, base, update.a[e], update.b[e], by, narrow, to, own.gemm.data);
+                detail::updated_forward<T>(from, base, update.a[e], update.b[e], by, narrow, to, own.gemm.data,
+                                           device.isa);
             };
             forward(input, weights.gate[0], updates.gate, low.gate.slice(begin, end), kept.gate.slice(begin, end));
             forward(input, weights.up[0], updates.up, low.up.slice(begin, end), kept.up.slice(begin, end));
@@ -142,7 +143,7 @@ struct LowRankKernels {
             const auto backward = [&](view<const T, 2> from, view<const T, 2> base, const LowRank<const T>& update,
                                       view<T, 2> narrow, view<T, 2> to, Write write) {
                 detail::updated_backward<T>(from, base, update.a[e], update.b[e], by, narrow.slice(begin, end), to,
-                                            write, own.gemm.data);
+                                            write, own.gemm.data, device.isa);
             };
             const auto dout = detail::gather(plan, dy, begin, end, own.width);
             const auto dinner = own.hidden.slice(0, end - begin);
@@ -164,7 +165,8 @@ struct LowRankKernels {
                         kernels.sum(own.along.data + (r - begin) * decltype(kernels)::template lanes<T>));
             });
             const auto inner_low = low_grad_rows.inner.slice(begin, end);
-            gemm_nt<T>(grad_rows.inner.slice(begin, end), updates.down.a[e], inner_low, Write::assign, own.gemm.data);
+            gemm_nt<T>(grad_rows.inner.slice(begin, end), updates.down.a[e], inner_low, Write::assign, own.gemm.data,
+                       device.isa);
             detail::scale(inner_low, by);
             const auto dinput = drows.slice(begin, end);
             backward(grad_rows.up.slice(begin, end), weights.up[0], updates.up, low_grad_rows.up, dinput,

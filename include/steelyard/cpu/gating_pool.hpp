@@ -167,7 +167,8 @@ struct table_ops<Cpu> {
         const index_t room = detail::align_up(cpu::gemm_scratch_bytes<T>());
         cpu::parallel_for(device, (tokens + block - 1) / block, [&](index_t task, int thread) {
             const index_t begin = task * block, end = std::min(tokens, begin + block);
-            cpu::gemm_nt<T>(a.slice(begin, end), b, logits.slice(begin, end), Write::add, scratch + thread * room);
+            cpu::gemm_nt<T>(a.slice(begin, end), b, logits.slice(begin, end), Write::add, scratch + thread * room,
+                            device.isa);
         });
     }
 };

@@ -79,7 +79,7 @@ struct merge_ops<Cpu> {
         cpu::parallel_for(device, blocks_of(weights), [&](index_t task, int thread) {
             for (index_t r = task * row_block; r < std::min(weights.extents[1], (task + 1) * row_block); ++r)
                 cpu::gemm_nn<T>(probs, row<const T>(weights, r), row<T>(merged, r), cpu::Write::assign,
-                                scratch + thread * thread_bytes<T>());
+                                scratch + thread * thread_bytes<T>(), device.isa);
         });
     }
 
@@ -103,7 +103,7 @@ struct merge_ops<Cpu> {
         cpu::parallel_for(device, blocks_of(weights), [&](index_t task, int thread) {
             for (index_t r = task * row_block; r < std::min(rows, (task + 1) * row_block); ++r)
                 cpu::gemm_tn<T>(probs, row<const T>(dmerged, r), row<T>(dweights, r), cpu::Write::add,
-                                scratch + thread * thread_bytes<T>());
+                                scratch + thread * thread_bytes<T>(), device.isa);
         });
     }
 

@@ -148,8 +148,8 @@ struct router_ops<Cpu> {
         cpu::parallel_for(device, cpu::detail::tasks_of(tokens, select_block), [&](index_t task, int) {
             const index_t begin = task * select_block, end = std::min(tokens, begin + select_block);
             if constexpr (sizeof(T) == 4) {
-                cpu::with_kernels(
-                    device.isa, [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
+                cpu::with_kernels(device.isa,
+                                  [&](auto kernels) { kernels.template select_backward<T>(call, grad, begin, end); });
             } else {
                 for (index_t t = begin; t < end; ++t) {
                     T* const out = &grad.logits(t, 0);
@@ -280,11 +280,12 @@ private:
             const Scratch<T> own(scratch, thread, width, experts);
             const index_t begin = task * logits_block, end = std::min(tokens, begin + logits_block);
             if (noise.jitter == 0.0) {
-                cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, dx.slice(begin, end), cpu::Write::add, own.gemm);
+                cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, dx.slice(begin, end), cpu::Write::add, own.gemm,
+                                device.isa);
                 return;
             }
             view<T, 2> block(own.block, end - begin, width);
-            cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, block, cpu::Write::assign, own.gemm);
+            cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, block, cpu::Write::assign, own.gemm, device.isa);
             for (index_t t = begin; t < end; ++t) {
                 T* const row = &block(t - begin, 0);
                 cpu::detail::jitter_row(noise, stream, t, width, 0, width, row, row);
@@ -324,7 +325,8 @@ private:
                     }
                     input = copy;
                 }
-                cpu::gemm_tn<T>(tile(dlogits, begin, end - begin, row, rows), input, out, cpu::Write::add, own.gemm);
+                cpu::gemm_tn<T>(tile(dlogits, begin, end - begin, row, rows), input, out, cpu::Write::add, own.gemm,
+                                device.isa);
             }
         });
     }

@@ -80,7 +80,7 @@ void add_transposed(const Sequences& all, index_t s, view<const T, 2> weights, v
             else
                 std::fill_n(row, c1 - c0, T(0));
         }
-        gemm_tn<T>(weights.slice(from, to), copy, columns(out, c0, c1), Write::add, own.gemm.data);
+        gemm_tn<T>(weights.slice(from, to), copy, columns(out, c0, c1), Write::add, own.gemm.data, device.isa);
     }
 }
 
@@ -130,7 +130,7 @@ struct soft_ops<Cpu> {
             index_t s = 0, from = 0, to = 0;
             all.block(task, s, from, to);
             cpu::gemm_nt<T>(x.slice(from, to), phi, similarity.slice(from, to), cpu::Write::assign,
-                            part<T>(scratch, thread).gemm.data);
+                            part<T>(scratch, thread).gemm.data, device.isa);
             for (index_t t = from; t < to; ++t) {
                 const bool valid = all.valid(t);
                 const T inverse = valid ? cpu::detail::soft::inverse_norm(&x(t, 0), width, normalize) : T(0);
@@ -178,7 +178,7 @@ struct soft_ops<Cpu> {
             index_t s = 0, from = 0, to = 0;
             all.block(task, s, from, to);
             cpu::gemm_nn<T>(weights.slice(from, to), slots.slice(s * each, (s + 1) * each), y.slice(from, to), write,
-                            part<T>(scratch, thread).gemm.data);
+                            part<T>(scratch, thread).gemm.data, device.isa);
         });
     }
 
@@ -191,7 +191,7 @@ struct soft_ops<Cpu> {
             index_t s = 0, from = 0, to = 0;
             all.block(task, s, from, to);
             cpu::gemm_nt<T>(y.slice(from, to), slots.slice(s * each, (s + 1) * each), out.slice(from, to),
-                            cpu::Write::assign, part<T>(scratch, thread).gemm.data);
+                            cpu::Write::assign, part<T>(scratch, thread).gemm.data, device.isa);
             for (index_t t = from; t < to; ++t)
                 if (!all.valid(t)) std::fill_n(&out(t, 0), each, T(0));
         });
@@ -258,7 +258,7 @@ struct soft_ops<Cpu> {
             }
             if (dx.present())
                 cpu::gemm_nn<T>(dlogits.slice(from, to), phi, dx.slice(from, to), cpu::Write::add,
-                                part<T>(scratch, thread).gemm.data);
+                                part<T>(scratch, thread).gemm.data, device.isa);
         });
         if (!dphi.present()) return;
         const index_t blocks = blocks_of(width);
