@@ -217,7 +217,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE("weights of fewer bits: experts narrower than a panel stay within their scratch") {
+TEST_CASE("weights of fewer bits: experts narrower than a panel") {
     // Tall tiles of narrow rows: an operand in whole panels is wider than the rows that it holds.
     for (const Isa isa : instruction_sets())
         for (const PackedFormat format : {PackedFormat::bf16, PackedFormat::int8})
