@@ -39,7 +39,7 @@ struct LocalEntropy {
 
 private:
     template <class T, class Math>
-    static T entropy(const view<const T, 1>& logits, T lse, Math math) {
+    static constexpr T entropy(const view<const T, 1>& logits, T lse, Math math) {
         T sum = 0;
         for (index_t i = 0; i < logits.extents[0]; ++i) {
             const T surprise = lse - logits.data[i];
