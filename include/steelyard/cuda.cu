@@ -87,8 +87,8 @@ template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, 
                                     std::byte*);
 template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, const FixedSums<Quantity::gates>&,
                                     std::byte*);
-template void balance::count<float>(const Cuda&, const CudaObservation&, Loads,
-                                    const FixedSums<Quantity::smooth_load>&, std::byte*);
+template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, const FixedSums<Quantity::smooth_load>&,
+                                    std::byte*);
 template void balance::sum_quantity<float, Quantity::probs>(const Cuda&, const CudaObservation&, view<double, 2>,
                                                             view<std::int64_t, 1>, std::byte*);
 template void balance::sum_quantity<float, Quantity::gates>(const Cuda&, const CudaObservation&, view<double, 2>,
@@ -104,7 +104,8 @@ template void balance::add_quantity_gradient<float, Quantity::gates>(const Cuda&
 template void balance::add_quantity_gradient<float, Quantity::smooth_load>(const Cuda&, const CudaObservation&,
                                                                            view<const double, 2>, double,
                                                                            const CudaRoutingGrad&, std::byte*);
-template void balance::sum_tokens<float>(const Cuda&, const CudaObservation&, const ZLoss&, view<double, 1>, std::byte*);
+template void balance::sum_tokens<float>(const Cuda&, const CudaObservation&, const ZLoss&, view<double, 1>,
+                                         std::byte*);
 template void balance::sum_tokens<float>(const Cuda&, const CudaObservation&, const LocalEntropy&, view<double, 1>,
                                          std::byte*);
 template void balance::add_token_gradient<float>(const Cuda&, const CudaObservation&, const ZLoss&, double,

@@ -119,8 +119,8 @@ TEST_CASE_TEMPLATE("rows go to their experts and come back", T, float, bf16) {
                             }
                         Host<T> first(0, 0);
                         for (int run = 0; run < 2; ++run) {
-                            const Tensor<T> y = write == Write::add ? Tensor<T>(before, padding)
-                                                                    : Tensor<T>(tokens, width, padding);
+                            const Tensor<T> y =
+                                write == Write::add ? Tensor<T>(before, padding) : Tensor<T>(tokens, width, padding);
                             ops::combine<T>(gpu::device(), plans.get(), gpu_rows.get(),
                                             weighted ? gpu_weight.get() : view<float, 2, CudaSpace>{}, y.get(), write);
                             gpu::finish();

@@ -45,9 +45,9 @@ void fill_rows(const Cuda& device, const ByteRows& to, std::uint64_t value, int 
 void copy_rows(const Cuda& device, const ByteRows& from, const ByteRows& to) {
     const index_t rows = std::max(from.rows, to.rows);
     if (rows == 1) {
-        check_call(cudaMemcpyAsync(to.data, from.data, static_cast<std::size_t>(to.bytes), cudaMemcpyDefault,
-                                   device.stream),
-                   "cudaMemcpyAsync");
+        check_call(
+            cudaMemcpyAsync(to.data, from.data, static_cast<std::size_t>(to.bytes), cudaMemcpyDefault, device.stream),
+            "cudaMemcpyAsync");
         return;
     }
     // What is dense is one row to itself, and as many as the other here.

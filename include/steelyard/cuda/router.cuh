@@ -57,12 +57,14 @@ inline SelectCall select_call(const Cuda& device, const SelectionRule& rule, vie
 template <bool choose>
 void launch_select(const Cuda& device, const SelectCall& call) {
     if (call.tokens == 0) return;
-    if (call.rule.kept_groups < call.rule.groups && call.rule.groups > 32)
+    if (choose && call.rule.kept_groups < call.rule.groups && call.rule.groups > 32)
         throw Error(Status::refuse(Code::invalid_argument, "router", "groups", "at most 32 on the CUDA device",
                                    std::to_string(call.rule.groups)));
+    const bool grouped = choose && call.rule.kept_groups < call.rule.groups;
+    const auto shared = grouped ? warps_of_block * static_cast<std::size_t>(call.experts) * sizeof(float) : 0;
     const auto launch = [&](auto slots) {
         select_tokens<slots.value, choose>
-            <<<blocks_for(call.tokens, warps_of_block), 32 * warps_of_block, 0, device.stream>>>(call);
+            <<<blocks_for(call.tokens, warps_of_block), 32 * warps_of_block, shared, device.stream>>>(call);
         check_call(cudaGetLastError(), "select_tokens");
     };
     const int slots = (call.experts + 31) / 32;

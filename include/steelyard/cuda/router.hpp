@@ -13,9 +13,9 @@ namespace steelyard {
 /// The contract is that of router_ops (ops/router_ops.hpp), for T in {float, bf16}; defined in cuda/router.cuh. Logits,
 /// probabilities, weights and their gradients are float for both.
 ///
-/// One warp selects for a token, up to 1024 experts. Given the same logits, and without a selection bias, choices are
-/// those of the CPU bit for bit; with a bias, s + bias is rounded after another exponential, and scores closer than
-/// that rounding may tie differently. No more than 32 groups.
+/// One warp selects for a token, up to 1024 experts and 32 groups. Given the same logits, choices without a selection
+/// bias or groups are those of the CPU bit for bit. With them, what is compared is rounded as the CPU's AVX-512 kernels
+/// do it (up to 16 choices): elsewhere values closer than that rounding may tie differently.
 ///
 /// `select` and `weigh` answer -1: nobody waits for the GPU. The first token whose logits are not all finite is at
 /// CudaFaults::bad_logits of `Cuda::faults` when the stream has come so far.

@@ -5,6 +5,7 @@
 
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/kernels/warp.cuh"
+#include "steelyard/cuda/score_math.hpp"
 #include "steelyard/ops/router_ops.hpp"
 
 namespace steelyard::cuda {
@@ -36,18 +37,6 @@ struct SelectCall {
     unsigned long long* first_bad;  // the first token whose logits are not finite, or all ones
 };
 
-/// Ascending with the number; a NaN comes last of all that may be chosen, which are above 0.
-__device__ inline std::uint32_t order_of(float value) {
-    if (value != value) return 1;
-    const std::uint32_t bits = __float_as_uint(value == 0.0f ? 0.0f : value);
-    return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float sigmoid_of(float z) {
-    const float small = expf(-fabsf(z));
-    return (z < 0.0f ? small : 1.0f) / (1.0f + small);
-}
-__device__ inline float log_sigmoid_of(float z) { return fminf(z, 0.0f) - log1pf(expf(-fabsf(z))); }
-
 /// Takes the best keys of a warp, one after the other, ties to the lowest index; a key of 0 is no candidate. Lane l
 /// holds entries l, l + 32, ...
 template <int slots>
@@ -71,30 +60,27 @@ struct BestKeys {
     }
 };
 
-/// Keys of experts outside the best groups become 0. Lane g ranks group g of at most 32; `value_of(e)` is what is
-/// ranked.
-template <int slots, class Value>
-__device__ void keep_groups(const SelectCall& call, int lane, bool plain, Value&& value_of, BestKeys<slots>& keys) {
+/// Keys of experts outside the best groups become 0. Lane g ranks group g of at most 32; `row` [E] is this warp's, for
+/// what is ranked.
+template <int slots>
+__device__ void keep_groups(const SelectCall& call, int lane, const float (&value)[slots], float* row,
+                            BestKeys<slots>& keys) {
     const int members = call.experts / call.rule.groups;
+#pragma unroll
+    for (int s = 0; s < slots; ++s)
+        if (const int e = s * 32 + lane; e < call.experts) row[e] = value[s];
+    __syncwarp();
     BestKeys<1> groups{{0}};
     if (lane < call.rule.groups) {
         float first = -INFINITY, second = -INFINITY;
-        for (int j = 0; j < members; ++j) {
-            const float v = value_of(lane * members + j), known = v == v ? v : -INFINITY;
+        for (int j = 0, at = lane % members; j < members; ++j) {  // each lane from elsewhere: they share no bank
+            const float v = row[lane * members + at], known = v == v ? v : -INFINITY;
             second = fmaxf(second, fminf(first, known));
             first = fmaxf(first, known);
+            at = at + 1 < members ? at + 1 : 0;
         }
-        float rank = first;
-        if (call.rule.top2) {
-            if (plain) {
-                rank = first + second;
-            } else {  // log(exp(a) + exp(b)) keeps the order of sums that underflow
-                const float a = call.rule.sigmoid ? log_sigmoid_of(first) : first;
-                const float b = call.rule.sigmoid ? log_sigmoid_of(second) : second;
-                rank = a + log1pf(expf(b - a));
-            }
-        }
-        groups.key[0] = max(order_of(rank), 1u);
+        groups.key[0] =
+            order_of(call.rule.top2 ? rank_of_pair(first, second, call.bias != nullptr, call.rule.sigmoid) : first);
     }
     std::uint32_t kept = 0;
     for (int g = 0; g < call.rule.kept_groups; ++g) kept |= 1u << groups.take(lane);
@@ -105,36 +91,64 @@ __device__ void keep_groups(const SelectCall& call, int lane, bool plain, Value&
     }
 }
 
+/// The sum of a token's scores in `score_lanes` lanes, each by ascending entry: of two lanes of this warp, one CPU
+/// lane.
+template <int slots>
+__device__ float sum_scores(const float (&score)[slots], int lane) {
+    const bool lower = lane < score_lanes;
+    float sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < slots; ++s) {
+        const float other = __shfl_xor_sync(~0u, score[s], score_lanes);
+        sum = (sum + (lower ? score[s] : other)) + (lower ? other : score[s]);
+    }
+#pragma unroll
+    for (int half = score_lanes / 2; half > 0; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+    return sum;
+}
+
 /// Combine weights of one token's choices, of which some may be -1. Lanes take choices in turn.
 __device__ inline void weigh_token(const SelectCall& call, index_t t, int lane) {
     const RuleOf& rule = call.rule;
     const float* const z = &call.logits(t, 0);
-    const auto log_score = [&](int e) { return rule.sigmoid ? log_sigmoid_of(z[e]) : z[e]; };
-    float largest = -INFINITY, sum = 0.0f;
-    if (rule.renormalized) {
-        for (int k = lane; k < rule.top_k; k += 32)
-            if (const int e = call.expert(t, k); e >= 0) largest = fmaxf(largest, log_score(e));
-        largest = warp_max(largest);
-        for (int k = lane; k < rule.top_k; k += 32)
-            if (const int e = call.expert(t, k); e >= 0) sum += expf(log_score(e) - largest);
-        sum = warp_sum(sum);
+    const int top_k = rule.top_k;
+    if (!rule.renormalized) {
+        for (int k = lane; k < top_k; k += 32) {
+            const int e = call.expert(t, k);
+            const float score = e < 0 ? 0.0f : rule.sigmoid ? sigmoid_score(z[e]) : call.probs(t, e);
+            call.weight(t, k) = rule.scale * score;
+        }
+        return;
     }
-    for (int k = lane; k < rule.top_k; k += 32) {
+    float most = -INFINITY;
+    for (int k = lane; k < top_k; k += 32)
+        if (const int e = call.expert(t, k); e >= 0) most = fmaxf(most, z[e]);
+    most = warp_max(most);
+    const float from = rule.sigmoid ? fminf(most, 0.0f) : most;
+    const auto score_of = [&](int e) {
+        if (e < 0) return 0.0f;
+        return rule.sigmoid ? shifted_sigmoid(z[e], from) : exp_score(z[e] - from);
+    };
+    float sum = 0.0f;
+    for (int begin = 0; begin < top_k; begin += 32) {  // by ascending k
+        const int k = begin + lane;
+        const float own = k < top_k ? score_of(call.expert(t, k)) : 0.0f;
+        const int count = top_k - begin < 32 ? top_k - begin : 32;
+        for (int i = 0; i < count; ++i) sum += __shfl_sync(~0u, own, i);
+    }
+    for (int k = lane; k < top_k; k += 32) {
         const int e = call.expert(t, k);
-        float weight = 0.0f;
-        if (e >= 0 && rule.renormalized)
-            weight = rule.scale * (expf(log_score(e) - largest) / sum);
-        else if (e >= 0)
-            weight = rule.scale * (rule.sigmoid ? sigmoid_of(z[e]) : call.probs(t, e));
-        call.weight(t, k) = weight;
+        call.weight(t, k) = e < 0 ? 0.0f : rule.scale * (score_of(e) / sum);
     }
 }
 
-/// Routes the tokens; with `choose` false it weighs choices that are there already.
+/// Routes the tokens; with `choose` false it weighs choices that are there already. Shared memory: where there are
+/// groups, [warps, E].
 template <int slots, bool choose>
 __global__ void select_tokens(SelectCall call) {
-    const int lane = threadIdx.x % 32;
-    const index_t t = static_cast<index_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    extern __shared__ float ranked[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const index_t t = static_cast<index_t>(blockIdx.x) * (blockDim.x / 32) + warp;
     if (t >= call.tokens) return;
     if (call.mask != nullptr && call.mask[t] == 0) {
         for (int e = lane; e < call.experts; e += 32) call.probs(t, e) = 0.0f;
@@ -142,47 +156,39 @@ __global__ void select_tokens(SelectCall call) {
         return;
     }
     float z[slots], score[slots];
-    float largest = -INFINITY;
+    float highest = -INFINITY;
     bool finite = true;
 #pragma unroll
     for (int s = 0; s < slots; ++s) {
         const int e = s * 32 + lane;
         z[s] = e < call.experts ? call.logits(t, e) : -INFINITY;
         finite = finite && (e >= call.experts || isfinite(z[s]));
-        score[s] = e < call.experts && call.rule.sigmoid ? log_sigmoid_of(z[s]) : z[s];
-        largest = fmaxf(largest, score[s]);
+        highest = fmaxf(highest, z[s]);
     }
-    largest = warp_max(largest);
-    float sum = 0.0f;
+    highest = warp_max(highest);
+    const float shift = call.rule.sigmoid ? fminf(highest, 0.0f) : highest;
+#pragma unroll
+    for (int s = 0; s < slots; ++s) {
+        score[s] = call.rule.sigmoid ? shifted_sigmoid(z[s], shift) : exp_score(z[s] - shift);
+        if (s * 32 + lane >= call.experts) score[s] = 0.0f;
+    }
+    const float inverse = 1.0f / sum_scores(score, lane);
 #pragma unroll
     for (int s = 0; s < slots; ++s)
-        if (s * 32 + lane < call.experts) sum += score[s] = expf(score[s] - largest);
-    const float inverse = 1.0f / warp_sum(sum);
-#pragma unroll
-    for (int s = 0; s < slots; ++s)
-        if (const int e = s * 32 + lane; e < call.experts) call.probs(t, e) = score[s] *= inverse;
+        if (const int e = s * 32 + lane; e < call.experts) call.probs(t, e) = score[s] * inverse;
     if (!__all_sync(~0u, finite) && lane == 0) atomicMin(call.first_bad, static_cast<unsigned long long>(t));
     if constexpr (choose) {
-        const bool plain = call.bias != nullptr;
+        if (call.bias != nullptr) {
+            const float factor = call.rule.sigmoid ? exp_score(shift) : inverse;
+#pragma unroll
+            for (int s = 0; s < slots; ++s)
+                if (const int e = s * 32 + lane; e < call.experts) z[s] = biased_score(score[s], factor, call.bias[e]);
+        }
         BestKeys<slots> keys;
 #pragma unroll
-        for (int s = 0; s < slots; ++s) {
-            const int e = s * 32 + lane;
-            float value = z[s];
-            if (plain && e < call.experts) value = (call.rule.sigmoid ? sigmoid_of(z[s]) : score[s]) + call.bias[e];
-            keys.key[s] = e < call.experts ? order_of(value) : 0;
-        }
-        if (call.rule.kept_groups < call.rule.groups) {
-            __syncwarp();  // probs of the other lanes
-            keep_groups<slots>(
-                call, lane, plain,
-                [&](int e) {
-                    const float logit = call.logits(t, e);
-                    if (!plain) return logit;
-                    return (call.rule.sigmoid ? sigmoid_of(logit) : call.probs(t, e)) + call.bias[e];
-                },
-                keys);
-        }
+        for (int s = 0; s < slots; ++s) keys.key[s] = s * 32 + lane < call.experts ? order_of(z[s]) : 0;
+        if (call.rule.kept_groups < call.rule.groups)
+            keep_groups<slots>(call, lane, z, ranked + warp * call.experts, keys);
         for (int k = 0; k < call.rule.top_k; ++k) {
             const int best = keys.take(lane);
             if (lane == k % 32) call.expert(t, k) = best;
@@ -229,7 +235,7 @@ __global__ void select_gradient(SelectCall call, SelectGradient grad) {
     if (with_probs || (weights_are_probs && with_weights))
         for (int e = lane; e < call.experts; e += 32) {
             const float slope = call.probs(t, e) * ((with_probs ? grad.probs(t, e) : 0.0f) - mean);
-            out[e] += rule.sigmoid ? slope * sigmoid_of(-call.logits(t, e)) : slope;
+            out[e] += rule.sigmoid ? slope * sigmoid_score(-call.logits(t, e)) : slope;
         }
     if (!with_weights) return;
     __syncwarp();
@@ -238,7 +244,7 @@ __global__ void select_gradient(SelectCall call, SelectGradient grad) {
         const int e = call.expert(t, k);
         if (e >= 0)
             out[e] += call.weight(t, k) * (grad.weight(t, k) - centre) *
-                      (rule.sigmoid ? sigmoid_of(-call.logits(t, e)) : 1.0f);
+                      (rule.sigmoid ? sigmoid_score(-call.logits(t, e)) : 1.0f);
     }
 }
 
