@@ -16,24 +16,41 @@ namespace cuda {
 
 constexpr int row_threads = 256, warps_of_block = 4;
 
-/// What a product of the router may have to copy first: x with its jitter or without masked rows, and a gradient of the
-/// logits in the element type of x.
+/// What the router's products need beside their operands. A gradient of the logits is float, and x and the weights may
+/// be bf16: it is split in two bf16, high and low, whose products with them are summed in float.
 template <class T>
 struct RouterScratch {
-    view<T, 2, CudaSpace> x;        // [T, d]
-    view<T, 2, CudaSpace> dlogits;  // [T, E]
+    static constexpr bool splits = !std::is_same_v<T, float>;
+    static constexpr index_t block = 4096;  // tokens that are copied at once
+
+    view<T, 2, CudaSpace> x;            // [block, d]  with its jitter or without masked rows; or its gradient
+    view<T, 2, CudaSpace> parts;        // [T, 2 E]    high and low, side by side
+    view<T, 2, CudaSpace> weight;       // [2 E, d]    the weights for each
+    view<float, 2, CudaSpace> dweight;  // [2 E, d]   their gradients from each
     template <class Field>
     void fields(Field&& field, index_t tokens, index_t width, index_t experts) {
-        field("x", x, tokens, width);
-        field("dlogits", dlogits, std::is_same_v<T, float> ? 0 : tokens, experts);
+        field("x", x, std::min(tokens, block), width);
+        field("parts", parts, splits ? tokens : 0, 2 * experts);
+        field("weight", weight, splits ? 2 * experts : 0, width);
+        field("dweight", dweight, splits ? 2 * experts : 0, width);
     }
 };
 
-template <class From, class To>
-void copy_rows(const Cuda& device, view<const From, 2, CudaSpace> from, const std::uint8_t* mask,
-               const RouterNoise& noise, view<To, 2, CudaSpace> to) {
+/// body(first token, rows, noise of these) for the tokens that are copied at once.
+template <class T, class Body>
+void each_block(index_t tokens, const RouterNoise& noise, Body&& body) {
+    for (index_t begin = 0; begin < tokens; begin += RouterScratch<T>::block) {
+        RouterNoise own = noise;
+        own.step.token_offset += begin;
+        body(begin, std::min(RouterScratch<T>::block, tokens - begin), own);
+    }
+}
+
+template <class T>
+void copy_rows(const Cuda& device, view<const T, 2, CudaSpace> from, const std::uint8_t* mask, const RouterNoise& noise,
+               view<T, 2, CudaSpace> to) {
     const index_t tokens = from.extents[0], width = from.extents[1];
-    copy_input<From, To><<<blocks_for(tokens * ((width + 3) / 4), row_threads), row_threads, 0, device.stream>>>(
+    copy_input<T><<<blocks_for(tokens * ((width + 3) / 4), row_threads), row_threads, 0, device.stream>>>(
         matrix_of(from), mask, noise, tokens, width, matrix_of(to));
     check_call(cudaGetLastError(), "copy_input");
 }
@@ -97,14 +114,22 @@ void router_ops<Cuda>::logits(const Cuda& device, view<const T, 2, CudaSpace> x,
                               const RouterNoise& noise, view<gate_t<T>, 2, CudaSpace> logits, std::byte* scratch) {
     const index_t tokens = x.extents[0], width = x.extents[1], experts = weight.extents[0];
     if (tokens == 0) return;
-    if (noise.jitter != 0.0) {
-        const auto copy = place<cuda::RouterScratch<T>>(scratch, tokens, width, experts).x;
-        cuda::copy_rows<T, T>(device, x, nullptr, noise, copy);
-        x = copy;
+    const auto product = [&](view<const T, 2, CudaSpace> rows, index_t begin) {
+        using cuda::Turn;
+        cuda::multiply<Turn::no, Turn::yes, T, float>(
+            device, rows.extents[0], experts, width, cuda::matrix_of(rows), cuda::matrix_of(weight),
+            cuda::matrix_of(logits.slice(begin, begin + rows.extents[0])), Write::assign);
+    };
+    if (noise.jitter == 0.0) {
+        product(x, 0);
+    } else {
+        const auto own = place<cuda::RouterScratch<T>>(scratch, tokens, width, experts);
+        cuda::each_block<T>(tokens, noise, [&](index_t begin, index_t rows, const RouterNoise& of_rows) {
+            const auto copy = own.x.slice(0, rows);
+            cuda::copy_rows<T>(device, x.slice(begin, begin + rows), nullptr, of_rows, copy);
+            product(copy, begin);
+        });
     }
-    cuda::multiply<cuda::Turn::no, cuda::Turn::yes, T, float>(device, tokens, experts, width, cuda::matrix_of(x),
-                                                              cuda::matrix_of(weight), cuda::matrix_of(logits),
-                                                              Write::assign);
     if (noise.noise == 0.0) return;
     cuda::add_logit_noise<<<cuda::blocks_for(tokens * ((experts + 3) / 4), cuda::row_threads), cuda::row_threads, 0,
                             device.stream>>>(noise, tokens, experts, cuda::matrix_of(logits));
@@ -138,32 +163,67 @@ void router_ops<Cuda>::logits_backward(const Cuda& device, view<const T, 2, Cuda
                                        view<T, 2, CudaSpace> dx, view<T, 2, CudaSpace> dweight, std::byte* scratch) {
     const index_t tokens = x.extents[0], width = x.extents[1], experts = dlogits.extents[1];
     if (tokens == 0) return;
+    using cuda::Turn;
     const auto own = place<cuda::RouterScratch<T>>(scratch, tokens, width, experts);
-    cuda::Matrix<const T> rounded;
-    if constexpr (std::is_same_v<T, float>) {
-        rounded = cuda::matrix_of(dlogits);
+    view<const T, 2, CudaSpace> slopes, factors = weight;  // of dx = slopes factors
+    if constexpr (cuda::RouterScratch<T>::splits) {
+        cuda::split_gradient<<<cuda::blocks_for(tokens * experts, cuda::row_threads), cuda::row_threads, 0,
+                               device.stream>>>(cuda::matrix_of(dlogits), tokens, experts, cuda::matrix_of(own.parts));
+        cuda::check_call(cudaGetLastError(), "split_gradient");
+        slopes = own.parts;
+        if (dx.present()) {
+            for (const index_t half : {index_t{0}, experts})
+                cuda::copy_rows<T>(device, weight, nullptr, {}, own.weight.slice(half, half + experts));
+            factors = own.weight;
+        }
     } else {
-        cuda::copy_rows<float, T>(device, dlogits, nullptr, RouterNoise{}, own.dlogits);
-        rounded = cuda::matrix_of(view<const T, 2, CudaSpace>(own.dlogits));
+        slopes = dlogits;
     }
+    const index_t terms = slopes.extents[1];
     if (dx.present() && noise.jitter == 0.0) {
-        cuda::multiply<cuda::Turn::no, cuda::Turn::no, T, T>(device, tokens, width, experts, rounded,
-                                                             cuda::matrix_of(weight), cuda::matrix_of(dx), Write::add);
+        cuda::multiply<Turn::no, Turn::no, T, T>(device, tokens, width, terms, cuda::matrix_of(slopes),
+                                                 cuda::matrix_of(factors), cuda::matrix_of(dx), Write::add);
     } else if (dx.present()) {
-        cuda::multiply<cuda::Turn::no, cuda::Turn::no, T, T>(
-            device, tokens, width, experts, rounded, cuda::matrix_of(weight), cuda::matrix_of(own.x), Write::assign);
-        cuda::add_input_gradient<T>
-            <<<cuda::blocks_for(tokens * ((width + 3) / 4), cuda::row_threads), cuda::row_threads, 0, device.stream>>>(
-                cuda::matrix_of(view<const T, 2, CudaSpace>(own.x)), noise, tokens, width, cuda::matrix_of(dx));
-        cuda::check_call(cudaGetLastError(), "add_input_gradient");
+        cuda::each_block<T>(tokens, noise, [&](index_t begin, index_t rows, const RouterNoise& of_rows) {
+            cuda::multiply<Turn::no, Turn::no, T, T>(device, rows, width, terms,
+                                                     cuda::matrix_of(slopes.slice(begin, begin + rows)),
+                                                     cuda::matrix_of(factors), cuda::matrix_of(own.x), Write::assign);
+            cuda::add_input_gradient<T>
+                <<<cuda::blocks_for(rows * ((width + 3) / 4), cuda::row_threads), cuda::row_threads, 0,
+                   device.stream>>>(cuda::matrix_of(view<const T, 2, CudaSpace>(own.x)), of_rows, rows, width,
+                                    cuda::matrix_of(dx.slice(begin, begin + rows)));
+            cuda::check_call(cudaGetLastError(), "add_input_gradient");
+        });
     }
     if (!dweight.present()) return;
+    const auto add_product = [&](index_t begin, view<const T, 2, CudaSpace> rows) {
+        const index_t count = rows.extents[0];
+        const auto given = cuda::matrix_of(slopes.slice(begin, begin + count));
+        if constexpr (cuda::RouterScratch<T>::splits)
+            cuda::multiply<Turn::yes, Turn::no, T, float>(device, terms, width, count, given, cuda::matrix_of(rows),
+                                                          cuda::matrix_of(own.dweight),
+                                                          begin == 0 ? Write::assign : Write::add);
+        else
+            cuda::multiply<Turn::yes, Turn::no, T, T>(device, terms, width, count, given, cuda::matrix_of(rows),
+                                                      cuda::matrix_of(dweight), Write::add);
+    };
     if (mask.present() || noise.jitter != 0.0) {  // padding may hold anything: 0 times it is not 0
-        cuda::copy_rows<T, T>(device, x, mask.data, noise, own.x);
-        x = own.x;
+        cuda::each_block<T>(tokens, noise, [&](index_t begin, index_t rows, const RouterNoise& of_rows) {
+            const auto copy = own.x.slice(0, rows);
+            cuda::copy_rows<T>(device, x.slice(begin, begin + rows), mask.present() ? mask.data + begin : nullptr,
+                               of_rows, copy);
+            add_product(begin, copy);
+        });
+    } else {
+        add_product(0, x);
     }
-    cuda::multiply<cuda::Turn::yes, cuda::Turn::no, T, T>(device, experts, width, tokens, rounded, cuda::matrix_of(x),
-                                                          cuda::matrix_of(dweight), Write::add);
+    if constexpr (cuda::RouterScratch<T>::splits) {
+        cuda::add_halves<T>
+            <<<cuda::blocks_for(experts * width, cuda::row_threads), cuda::row_threads, 0, device.stream>>>(
+                cuda::matrix_of(view<const float, 2, CudaSpace>(own.dweight)), experts, width,
+                cuda::matrix_of(dweight));
+        cuda::check_call(cudaGetLastError(), "add_halves");
+    }
 }
 
 template <class G>

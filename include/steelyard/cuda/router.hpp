@@ -20,8 +20,8 @@ namespace steelyard {
 /// `select` and `weigh` answer -1: nobody waits for the GPU. The first token whose logits are not all finite is at
 /// CudaFaults::bad_logits of `Cuda::faults` when the stream has come so far.
 ///
-/// Products are cuBLAS's: of float without TF32; of bf16 summed in float, with gradients of logits rounded to bf16
-/// before they are multiplied.
+/// Products are cuBLAS's: of float without TF32; of bf16 summed in float, in which gradients of logits count with 16
+/// bits of fraction.
 template <>
 struct router_ops<Cuda> {
     template <class G>

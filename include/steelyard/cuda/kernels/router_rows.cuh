@@ -11,9 +11,9 @@ namespace steelyard::cuda {
 
 /// to (=) from, times the jitter where there is any, and 0 in masked rows, which are not read. A thread takes four
 /// columns, as one draw does.
-template <class From, class To>
-__global__ void copy_input(Matrix<const From> from, const std::uint8_t* mask, RouterNoise noise, index_t tokens,
-                           index_t width, Matrix<To> to) {
+template <class T>
+__global__ void copy_input(Matrix<const T> from, const std::uint8_t* mask, RouterNoise noise, index_t tokens,
+                           index_t width, Matrix<T> to) {
     const index_t blocks = (width + 3) / 4, at = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= tokens * blocks) return;
     const index_t t = at / blocks, block = at % blocks;
@@ -22,10 +22,33 @@ __global__ void copy_input(Matrix<const From> from, const std::uint8_t* mask, Ro
     if (noise.jitter != 0.0) {
         const auto drawn =
             noise.jitter_factors(noise.jitter_stream(), noise.position(t), static_cast<std::uint64_t>(block), width);
+#pragma unroll
         for (int i = 0; i < 4; ++i) factor[i] = static_cast<float>(drawn[i]);
     }
-    for (index_t j = 4 * block; j < 4 * block + 4 && j < width; ++j)
-        to(t, j) = from_float<To>(valid ? to_float(from(t, j)) * factor[j % 4] : 0.0f);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (const index_t j = 4 * block + i; j < width)
+            to(t, j) = from_float<T>(valid ? to_float(from(t, j)) * factor[i] : 0.0f);
+}
+
+/// parts [T, 2 E] (=): each number as the sum of two bf16, the second of what the first leaves.
+__global__ void split_gradient(Matrix<const float> dlogits, index_t tokens, index_t experts, Matrix<bf16> parts) {
+    const index_t at = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= tokens * experts) return;
+    const index_t t = at / experts, e = at % experts;
+    const float whole = dlogits(t, e);
+    const bf16 high = from_float<bf16>(whole);
+    parts(t, e) = high;
+    parts(t, experts + e) = from_float<bf16>(whole - to_float(high));
+}
+
+/// dweight += both halves of sums [2 E, d], rounded once.
+template <class T>
+__global__ void add_halves(Matrix<const float> sums, index_t experts, index_t width, Matrix<T> dweight) {
+    const index_t at = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= experts * width) return;
+    const index_t e = at / width, j = at % width;
+    dweight(e, j) = from_float<T>(to_float(dweight(e, j)) + (sums(e, j) + sums(experts + e, j)));
 }
 
 /// dx += rows, times the jitter.
