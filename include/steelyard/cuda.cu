@@ -89,6 +89,14 @@ template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, 
                                     std::byte*);
 template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, const FixedSums<Quantity::smooth_load>&,
                                     std::byte*);
+template void balance::count_drawn<float>(const Cuda&, const CudaObservation&, const TokenDraw&, Loads, const Choices&,
+                                          std::byte*);
+template void balance::count_drawn<float>(const Cuda&, const CudaObservation&, const TokenDraw&, Loads,
+                                          const FixedSums<Quantity::probs>&, std::byte*);
+template void balance::count_drawn<float>(const Cuda&, const CudaObservation&, const TokenDraw&, Loads,
+                                          const FixedSums<Quantity::gates>&, std::byte*);
+template void balance::count_drawn<float>(const Cuda&, const CudaObservation&, const TokenDraw&, Loads,
+                                          const FixedSums<Quantity::smooth_load>&, std::byte*);
 template void balance::sum_quantity<float, Quantity::probs>(const Cuda&, const CudaObservation&, view<double, 2>,
                                                             view<std::int64_t, 1>, std::byte*);
 template void balance::sum_quantity<float, Quantity::gates>(const Cuda&, const CudaObservation&, view<double, 2>,

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "steelyard/cuda/balance.hpp"
+#include "steelyard/cuda/kernels/draw.cuh"
 #include "steelyard/cuda/kernels/tally.cuh"
 #include "steelyard/cuda/product.cuh"
 
@@ -19,9 +20,8 @@ inline int parts_of(index_t tokens, index_t segments) {
 }
 
 template <class Tally>
-struct ValueOf;
-template <>
-struct ValueOf<Choices> {
+struct ValueOf {
+    static_assert(std::is_same_v<Tally, Choices>, "steelyard: the CUDA device counts no shortfalls (QuantileBias)");
     using type = ChoiceValue;
 };
 template <Quantity Q>
@@ -51,6 +51,15 @@ void balance_ops<Cuda>::count(const Cuda& device, const Seen<G>& seen, view<std:
     cuda::add_up_parts<std::int64_t>
         <<<grid, 128, 0, device.stream>>>(tallied, rows > 1 ? 1 : parts, words, load.data, load.strides[0]);
     cuda::check_call(cudaGetLastError(), "add_up_parts");
+}
+
+template <class G, class Tally>
+void balance_ops<Cuda>::count_drawn(const Cuda& device, const Seen<G>& seen, const TokenDraw& draw,
+                                    view<std::int64_t, 2> load, const Tally&, std::byte*) {
+    const auto room = static_cast<std::size_t>(seen.experts() + 1) * sizeof(std::int64_t);
+    cuda::tally_drawn<<<1, cuda::SeenTokens::threads, room, device.stream>>>(
+        cuda::SeenTokens(seen, 1), draw, typename cuda::ValueOf<Tally>::type{}, load.data);
+    cuda::check_call(cudaGetLastError(), "tally_drawn");
 }
 
 template <class G, Quantity Q>

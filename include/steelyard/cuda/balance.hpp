@@ -14,9 +14,11 @@ namespace steelyard {
 /// slopes are in pinned host memory, where policies do their arithmetic; kernels write them once, when all blocks'
 /// parts are added up, in a fixed order.
 ///
-/// Objectives on logits are run as they are, a thread for each token: their functions must be constexpr. ZLoss is
-/// instantiated; your own is by one line beside the library's .cu. There is neither a draw (Shuffled) nor a histogram
-/// of shortfalls (QuantileBias) on this device.
+/// Objectives on logits are run as they are, a thread for each token: all that they call must be constexpr. ZLoss and
+/// LocalEntropy are instantiated in cuda.cu; your own is by two lines in a .cu of yours that includes cuda/balance.cuh.
+///
+/// A draw (Shuffled) is a chain of decisions over the tokens of all ranks up to this one, by one thread: some ten
+/// milliseconds for a million. There is no histogram of shortfalls (QuantileBias) on this device.
 template <>
 struct balance_ops<Cuda> {
     template <class G>
@@ -27,6 +29,9 @@ struct balance_ops<Cuda> {
     template <class G, class Tally = Choices>
     static void count(const Cuda& device, const Seen<G>& seen, view<std::int64_t, 2> load, const Tally& tally,
                       std::byte* scratch);
+    template <class G, class Tally = Choices>
+    static void count_drawn(const Cuda& device, const Seen<G>& seen, const TokenDraw& draw, view<std::int64_t, 2> load,
+                            const Tally& tally, std::byte* scratch);
     template <class G, Quantity Q>
     static void sum_quantity(const Cuda& device, const Seen<G>& seen, view<double, 2> sums,
                              view<std::int64_t, 1> own_tokens, std::byte* scratch);

@@ -106,7 +106,11 @@ struct FixedValue {
                     add(e, FixedPoint::from(static_cast<double>(seen.weight(t, k))));
         } else {
             const auto& from = Q == Quantity::probs ? seen.probs : seen.smooth_load;
-            for (int e = 0; e < seen.experts; ++e) add(e, FixedPoint::from_small(static_cast<double>(from(t, e))));
+            int e = static_cast<int>(threadIdx.x) % seen.experts;  // each from elsewhere: they add to different words
+            for (int i = 0; i < seen.experts; ++i) {
+                add(e, FixedPoint::from_small(static_cast<double>(from(t, e))));
+                e = e + 1 < seen.experts ? e + 1 : 0;
+            }
         }
     }
 };
