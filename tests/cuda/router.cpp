@@ -40,10 +40,7 @@ struct HostRouting {
     Host<T> logits, probs, weight;
     Host<expert_t> expert;
     HostRouting(const Host<float>& z, index_t top_k)
-        : logits(z.as<T>()),
-          probs(z.rows, z.columns),
-          weight(z.rows, top_k),
-          expert(z.rows, top_k, expert_t{-9}) {}
+        : logits(z.as<T>()), probs(z.rows, z.columns), weight(z.rows, top_k), expert(z.rows, top_k, expert_t{-9}) {}
     Routing<T> get() { return {logits.get(), probs.get(), expert.get(), weight.get()}; }
 };
 struct GpuRouting {
@@ -60,8 +57,8 @@ struct Case {
     index_t experts;
     int top_k, groups = 1, kept = 1;
 };
-const Case cases[] = {{1, 1}, {3, 2}, {8, 8}, {33, 4}, {64, 6, 8, 3}, {160, 6, 8, 3}, {160, 160}, {256, 8, 8, 4},
-                      {512, 2}, {512, 20, 32, 7}, {1000, 16}};
+const Case cases[] = {{1, 1},     {3, 2},         {8, 8},   {33, 4},          {64, 6, 8, 3}, {160, 6, 8, 3},
+                      {160, 160}, {256, 8, 8, 4}, {512, 2}, {512, 20, 32, 7}, {1000, 16}};
 
 template <class Body>
 void each_rule(const Case& c, Body&& body) {
@@ -248,8 +245,14 @@ TEST_CASE_TEMPLATE("logits and their gradients", T, float, bf16) {
     struct Sizes {
         index_t tokens, width, experts;
     };
-    for (const Sizes n : {Sizes{0, 8, 3}, {1, 1, 1}, {1, 64, 8}, {31, 20, 3}, {33, 7, 160}, {300, 128, 8},
-                          {1000, 96, 512}, {5000, 40, 16}})
+    for (const Sizes n : {Sizes{0, 8, 3},
+                          {1, 1, 1},
+                          {1, 64, 8},
+                          {31, 20, 3},
+                          {33, 7, 160},
+                          {300, 128, 8},
+                          {1000, 96, 512},
+                          {5000, 40, 16}})
         for (const bool noisy : {false, true})
             for (const bool masked : {false, true}) {
                 CAPTURE(n.tokens);
