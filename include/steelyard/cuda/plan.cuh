@@ -49,28 +49,26 @@ index_t plan_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape, int 
 }
 
 void plan_ops<Cuda>::make_plan(const Cuda& device, view<const expert_t, 2, CudaSpace> choices,
-                                      const Plan<CudaSpace>& plan, std::byte* scratch) {
+                               const Plan<CudaSpace>& plan, std::byte* scratch) {
     using cuda::SortCall;
     SortCall call;
     call.choices = cuda::matrix_of(choices);
-    call.top_k = static_cast<int>(choices.extents[1]);
-    call.items = static_cast<int>(choices.extents[0]) * call.top_k;
+    call.top_k = cuda::Divisor(std::max(1, static_cast<int>(choices.extents[1])));
+    call.items = static_cast<int>(choices.size());
     call.experts = static_cast<int>(plan.experts());
     call.blocks = cuda::sort_blocks(call.items);
     call.block_items = cuda::sort_block_items(call.items);
     call.counts = place<cuda::SortScratch>(scratch, call.blocks, call.experts).counts.data;
     call.offsets = plan.offsets.data;
     call.choice = plan.choice.data;
-    call.row = plan.row.data;
-    call.row_stride = plan.row.strides[0];
+    call.row = cuda::matrix_of(plan.row);
     const auto blocks = static_cast<unsigned>(call.blocks);
     const auto room = [&](int rows) { return static_cast<std::size_t>(rows) * call.experts * sizeof(std::int32_t); };
-    cuda::count_choices<<<blocks, SortCall::threads, room(1), device.stream>>>(call);
-    cuda::check_call(cudaGetLastError(), "count_choices");
-    cuda::add_up_counts<<<1, 512, room(1) + sizeof(std::int32_t), device.stream>>>(call);
-    cuda::check_call(cudaGetLastError(), "add_up_counts");
-    if (call.items == 0) return;
-    const auto place_room = room(SortCall::warps + 1);
+    if (blocks > 1) {
+        cuda::count_choices<<<blocks, SortCall::threads, room(1), device.stream>>>(call);
+        cuda::check_call(cudaGetLastError(), "count_choices");
+    }
+    const auto place_room = room(SortCall::warps + 2);
     if (place_room > 48 * 1024)
         cuda::check_call(cudaFuncSetAttribute(cuda::place_choices, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               static_cast<int>(place_room)),
@@ -100,13 +98,14 @@ template <class T>
 void plan_ops<Cuda>::combine(const Cuda& device, const Plan<CudaSpace>& plan, view<const T, 2, CudaSpace> rows,
                              view<const gate_t<T>, 2, CudaSpace> weight, view<T, 2, CudaSpace> y, Write write) {
     const index_t tokens = y.extents[0], width = y.extents[1];
-    if (tokens == 0) return;
+    if (tokens == 0 || width == 0) return;
     const auto launch = [&](auto pack) {
-        cuda::combine_rows<T, pack.value>
-            <<<cuda::blocks_for(tokens * (width / pack.value), 256), 256, 0, device.stream>>>(
-                cuda::matrix_of(view<const std::int32_t, 2, CudaSpace>(plan.row)), static_cast<int>(plan.top_k()),
-                cuda::matrix_of(rows), cuda::matrix_of(weight), tokens, static_cast<int>(width), cuda::matrix_of(y),
-                write == Write::add);
+        const int packs = static_cast<int>(width) / pack.value, across = std::min(packs, cuda::combine_threads);
+        const dim3 grid(cuda::blocks_for(tokens, cuda::combine_threads / across), cuda::blocks_for(packs, across));
+        cuda::combine_rows<T, pack.value><<<grid, cuda::combine_threads, 0, device.stream>>>(
+            cuda::matrix_of(view<const std::int32_t, 2, CudaSpace>(plan.row)), static_cast<int>(plan.top_k()),
+            cuda::matrix_of(rows), cuda::matrix_of(weight), tokens, static_cast<int>(width), cuda::matrix_of(y),
+            write == Write::add);
         cuda::check_call(cudaGetLastError(), "combine_rows");
     };
     if (cuda::takes_packs<T>(width, rows, y))
@@ -120,10 +119,18 @@ void plan_ops<Cuda>::combine_backward(const Cuda& device, const Plan<CudaSpace>&
                                       view<const T, 2, CudaSpace> dy, view<gate_t<T>, 2, CudaSpace> dweight) {
     const index_t tokens = dy.extents[0];
     if (tokens == 0) return;
-    cuda::combine_weight_gradient<T><<<cuda::blocks_for(tokens * plan.top_k(), 8), 256, 0, device.stream>>>(
-        cuda::matrix_of(view<const std::int32_t, 2, CudaSpace>(plan.row)), static_cast<int>(plan.top_k()),
-        cuda::matrix_of(rows), cuda::matrix_of(dy), tokens, static_cast<int>(dy.extents[1]), cuda::matrix_of(dweight));
-    cuda::check_call(cudaGetLastError(), "combine_weight_gradient");
+    const auto launch = [&](auto pack) {
+        cuda::combine_weight_gradient<T, pack.value>
+            <<<cuda::blocks_for(tokens * plan.top_k(), 8), 256, 0, device.stream>>>(
+                cuda::matrix_of(view<const std::int32_t, 2, CudaSpace>(plan.row)), static_cast<int>(plan.top_k()),
+                cuda::matrix_of(rows), cuda::matrix_of(dy), tokens, static_cast<int>(dy.extents[1]),
+                cuda::matrix_of(dweight));
+        cuda::check_call(cudaGetLastError(), "combine_weight_gradient");
+    };
+    if (cuda::takes_packs<T>(dy.extents[1], rows, dy))
+        launch(std::integral_constant<int, cuda::whole_pack<T>>{});
+    else
+        launch(std::integral_constant<int, 1>{});
 }
 
 }  // namespace steelyard
