@@ -40,7 +40,10 @@ void add_router_stages(std::vector<Stage>& stages) {
         add_time(stages, "router: statistics (counts, mean probabilities)", tokens, [=] { count(), sum(); });
         add_time(stages, "router: all of these", tokens, [=] { tokens->select(), count(), sum(); });
         add_time(stages, "router: z-loss", tokens,
-                 [=] { Ops::sum_tokens(Cpu{}, tokens->seen, ZLoss{}, tokens->scratch()); });
+                 [=] {
+                     double loss = 0.0;
+                     Ops::sum_tokens(Cpu{}, tokens->seen, ZLoss{}, view<double, 1>(&loss, 1), tokens->scratch());
+                 });
         add_time(stages, "plan", tokens, [=] { tokens->make_plan(); });
     }
 }

@@ -55,18 +55,17 @@ struct WrongMeanSlope : Importance {
 
 struct IgnoresScale : MicroBatchLoss {
     template <class Device, class T, class Space>
-    void gradient(const Device& device, Observation<T, Space> seen, const Record<Space>& record,
-                  const RoutingGrad<T, Space>& grad) const {
+    void gradient(const Device& device, Observation<T, Space> seen, const Record<>& record,
+                  const RoutingGrad<T, Space>& grad, std::byte* scratch) const {
         seen.tokens.step.grad_scale = 1.0;
-        MicroBatchLoss::gradient(device, seen, record, grad);
+        MicroBatchLoss::gradient(device, seen, record, grad, scratch);
     }
 };
 
 struct CountsAgain : SynchronizedLoss {
-    template <class Device, class T, class Space>
-    void conclude(const Device& device, const Observation<T, Space>& seen, const State<Space>& state,
-                  const Record<Space>& record, Wire<Space>& wire, std::byte* scratch) const {
-        SynchronizedLoss::conclude(device, seen, state, record, wire, scratch);
+    template <class T, class Space>
+    void conclude(const Observation<T, Space>& seen, const State<>& state, const Record<>& record, Wire<>& wire) const {
+        SynchronizedLoss::conclude(seen, state, record, wire);
         ++state.log.load(seen.tokens.step.micro_step, 0);
     }
 };
@@ -81,10 +80,10 @@ struct EndsAgain : LossFree {
 
 struct PullsAtPadding : MicroBatchLoss {
     template <class Device, class T, class Space>
-    void gradient(const Device& device, Observation<T, Space> seen, const Record<Space>& record,
-                  const RoutingGrad<T, Space>& grad) const {
+    void gradient(const Device& device, Observation<T, Space> seen, const Record<>& record,
+                  const RoutingGrad<T, Space>& grad, std::byte* scratch) const {
         seen.tokens.mask = {};
-        MicroBatchLoss::gradient(device, seen, record, grad);
+        MicroBatchLoss::gradient(device, seen, record, grad, scratch);
     }
 };
 

@@ -142,13 +142,14 @@ private:
             for (index_t i = 0; i < rank.seen.routing.probs.size(); ++i)
                 rank.seen.routing.smooth_load.data[i] = std::pow(rank.seen.routing.probs.data[i], 2);
             Wire<> out = rank.wire();
-            policy_.observe(device_, rank.seen, rank.state, rank.record, out);
+            policy_.observe(device_, rank.seen, rank.state, rank.record, scratch.data());
+            policy_.post(rank.seen, rank.state, rank.record, out);
         }
         if (policy_.exchanges(ranks[0].state, at)) sum(ranks);
         for (std::size_t r = 0; r < ranks.size(); ++r) {
             Rank& rank = ranks[r];
             Wire<> in = rank.wire();
-            policy_.conclude(device_, rank.seen, rank.state, rank.record, in, scratch.data());
+            policy_.conclude(rank.seen, rank.state, rank.record, in);
             if (sums == nullptr) continue;
             sums->loss += policy_.loss(rank.record, at);
             backward(rank, cells[r], params, *sums, scratch.data());
@@ -193,7 +194,7 @@ private:
         std::fill_n(rank.grad_memory.data(), rank.grad_memory.size(), std::byte{0});
         const auto grad =
             place<RoutingGrad<double>>(rank.grad_memory.data(), shape.tokens, experts, index_t{2}, true).first(count);
-        policy_.gradient(device_, rank.seen, rank.record, grad);
+        policy_.gradient(device_, rank.seen, rank.record, grad, scratch);
         for (index_t i = 0; i < grad.probs.size(); ++i)
             grad.probs.data[i] += 2 * rank.seen.routing.probs.data[i] * grad.smooth_load.data[i];
         Values dx(rank.x.size());

@@ -95,7 +95,7 @@ FfnKept<T> FfnRun<T>::kept() const {
 
 template <class T>
 std::byte* FfnRun<T>::scratch(const Cpu& device) {
-    scratch_ = Bytes(expert_ops<Cpu>::scratch_bytes<T>(device, c.width, c.hidden));
+    scratch_ = Bytes(expert_ops<Cpu>::scratch_bytes<T>(device, c.filled(), c.width, c.hidden));
     std::fill_n(scratch_.data(), scratch_.size(), std::byte{0xFF});
     return scratch_.data();
 }

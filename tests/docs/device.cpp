@@ -20,6 +20,8 @@ template <>
 struct expert_ops<MyDevice> : expert_ops<Cpu> {};
 template <>
 struct balance_ops<MyDevice> : balance_ops<Cpu> {};
+template <>
+struct memory_ops<MyDevice> : memory_ops<Cpu> {};
 
 /// The CPU's, but for one kernel.
 template <>

@@ -25,9 +25,10 @@ constexpr bool load_of() {
                   "steelyard: this objective acts on a load: give it a scope that counts, such as MicroBatch");
     static_assert(ScopeT::remembers || !(ScopeT::communicates || ScopeT::sums_step || ScopeT::window > 0),
                   "steelyard: a scope that communicates, sums the step or keeps a window must have remembers = true");
-    static_assert(!ScopeT::per_sequence || !(ScopeT::communicates || ScopeT::needs_rank_tokens || ScopeT::window > 0),
-                  "steelyard: a scope with a load for each sequence is the rank's own: no communicates, needs_rank_tokens "
-                  "or window");
+    static_assert(
+        !ScopeT::per_sequence || !(ScopeT::communicates || ScopeT::needs_rank_tokens || ScopeT::window > 0),
+        "steelyard: a scope with a load for each sequence is the rank's own: no communicates, needs_rank_tokens "
+        "or window");
     static_assert(ScopeT::counts || !ScopeT::remembers,
                   "steelyard: a scope that does not count has no load to remember");
     static_assert(ScopeT::window == 0 || !ShortfallObjective<ObjectiveT>,
@@ -139,8 +140,10 @@ struct Balance {
 
     /// W: integers of one load.
     [[nodiscard]] constexpr index_t load_words([[maybe_unused]] const LayerShape& shape) const {
-        if constexpr (ShortfallObjective<ObjectiveT>) return shape.experts * static_cast<index_t>(objective.bins) + 1;
-        else return shape.experts + 1;
+        if constexpr (ShortfallObjective<ObjectiveT>)
+            return shape.experts * static_cast<index_t>(objective.bins) + 1;
+        else
+            return shape.experts + 1;
     }
 
     /// A state that has seen nothing.
@@ -177,29 +180,41 @@ struct Balance {
         return false;
     }
 
-    /// Counts this call's choices, or what the objective acts on instead of them, into the record and, where they
-    /// travel, onto the wire.
+    /// Counts this call's choices, or what the objective acts on instead of them, and sums what its loss needs, into
+    /// the record (=). On the device, whose order it keeps: the record may be read when that has come so far.
     template <class Device, class T, class Space>
-    void observe(const Device& device, const Observation<T, Space>& all, [[maybe_unused]] const State<Space>& state,
-                 const Record<Space>& record, [[maybe_unused]] Wire<Space>& wire) const {
+    void observe([[maybe_unused]] const Device& device, const Observation<T, Space>& all,
+                 [[maybe_unused]] const State<>& state, [[maybe_unused]] const Record<>& record,
+                 [[maybe_unused]] std::byte* scratch) const {
         [[maybe_unused]] const auto seen = of_scope(all);
-        if constexpr (communicates) {
-            if (state.log.holds(seen.tokens.step)) {  // a replay: conclude takes the load from the log
-                (void)wire.take(record.load.extents[1]);
-                return;
-            }
+        using ops = balance_ops<Device>;
+        if (!replays(state, seen.tokens.step)) {  // else conclude takes the load from the log
+            if constexpr (ScopeT::needs_rank_tokens)
+                ops::template count_drawn<T>(device, seen, scope.draw(seen), record.load, tally(state), scratch);
+            else if constexpr (has_load)
+                ops::template count<T>(device, seen, record.load, tally(state), scratch);
         }
-        if constexpr (ScopeT::needs_rank_tokens)
-            balance_ops<Device>::template count_drawn<T>(device, seen, scope.draw(seen), record.load, tally(state));
-        else if constexpr (has_load)
-            balance_ops<Device>::template count<T>(device, seen, record.load, tally(state));
-        if constexpr (communicates) copy(record.load[0], wire.take(record.load.extents[1]));
+        if constexpr (has_slopes)
+            ops::template sum_quantity<T, quantity>(device, seen, record.prob_sums, record.own, scratch);
+        else if constexpr (TokenObjective<ObjectiveT>)
+            ops::template sum_tokens<T>(device, seen, objective, record.loss, scratch);
     }
 
-    /// Takes the summed words back, enters it in the state once, and computes loss and slopes.
-    template <class Device, class T, class Space>
-    void conclude(const Device& device, const Observation<T, Space>& all, const State<Space>& state,
-                  const Record<Space>& record, Wire<Space>& wire, std::byte* scratch) const {
+    /// Puts what was counted on the wire, where it travels. Like `conclude`, arithmetic of the host's alone: nothing of
+    /// a routing is read.
+    template <class T, class Space>
+    void post([[maybe_unused]] const Observation<T, Space>& seen, [[maybe_unused]] const State<>& state,
+              [[maybe_unused]] const Record<>& record, [[maybe_unused]] Wire<>& wire) const {
+        if constexpr (communicates) {
+            const auto words = wire.take(record.load.extents[1]);
+            if (!replays(state, seen.tokens.step)) copy(record.load[0], words);
+        }
+    }
+
+    /// Takes the summed words back, enters them in the state once, and computes loss and slopes.
+    template <class T, class Space>
+    void conclude(const Observation<T, Space>& all, [[maybe_unused]] const State<>& state, const Record<>& record,
+                  [[maybe_unused]] Wire<>& wire) const {
         const auto seen = of_scope(all);
         const StepInfo& at = seen.tokens.step;
         if constexpr (communicates) {
@@ -209,34 +224,33 @@ struct Balance {
         if constexpr (remembers) {
             if (!state.log.holds(at)) enter(at, state, record);
             if constexpr (!ScopeT::per_sequence)
-                scope.template resolve<Space>(at, state.log, state.past, record.load[0]);
+                scope.template resolve<HostSpace>(at, state.log, state.past, record.load[0]);
         }
-        record.loss[0] = 0.0;
         if constexpr (has_slopes) {
-            balance_ops<Device>::template sum_quantity<T, quantity>(device, seen, record.prob_sums, record.own,
-                                                                    scratch);
+            record.loss[0] = 0.0;
             for (index_t s = 0; s < record.load.extents[0]; ++s)
                 record.loss[0] += static_cast<double>(record.own[s]) * segment_loss(seen, record, s);
             record.loss[0] *= weight(seen);
         } else if constexpr (TokenObjective<ObjectiveT>) {
-            record.loss[0] =
-                weight(seen) * balance_ops<Device>::template sum_tokens<T>(device, seen, objective, scratch);
+            record.loss[0] *= weight(seen);
+        } else {
+            record.loss[0] = 0.0;
         }
     }
 
     /// Adds (+=) the gradient of this call's share of the total loss, times StepInfo::grad_scale.
     template <class Device, class T, class Space>
     void gradient([[maybe_unused]] const Device& device, const Observation<T, Space>& all,
-                  [[maybe_unused]] const Record<Space>& record,
-                  [[maybe_unused]] const RoutingGrad<T, Space>& grad) const {
+                  [[maybe_unused]] const Record<>& record, [[maybe_unused]] const RoutingGrad<T, Space>& grad,
+                  [[maybe_unused]] std::byte* scratch) const {
         [[maybe_unused]] const auto seen = of_scope(all);
         [[maybe_unused]] const double scale = seen.tokens.step.grad_scale;
         if constexpr (has_slopes)
             balance_ops<Device>::template add_quantity_gradient<T, quantity>(device, seen, record.slopes,
-                                                                             scale * weight(seen), grad);
+                                                                             scale * weight(seen), grad, scratch);
         else if constexpr (TokenObjective<ObjectiveT>)
             balance_ops<Device>::template add_token_gradient<T>(device, seen, objective, scale * weight(seen),
-                                                                grad.logits);
+                                                                grad.logits, scratch);
     }
 
     /// This call's share of the total loss, before grad_scale. Summed over ranks and micro-steps: the total.
@@ -265,8 +279,10 @@ struct Balance {
         if constexpr (communicates_at_step_end) summed = wire.take(state.step_load.extents[0]);
         if constexpr (remembers) {
             if (state.ended[0] >= step) return;
-            if constexpr (communicates_at_step_end) copy(summed, state.step_load);
-            else state.log.sum(step, state.log.step.extents[0], state.step_load);
+            if constexpr (communicates_at_step_end)
+                copy(summed, state.step_load);
+            else
+                state.log.sum(step, state.log.step.extents[0], state.step_load);
             if constexpr (ScopeT::window > 0) {
                 const auto slot = state.window[state.ended[1] % ScopeT::window];
                 for (index_t w = 0; w < slot.extents[0]; ++w) {
@@ -274,7 +290,8 @@ struct Balance {
                     slot[w] = state.step_load[w];
                 }
             }
-            if constexpr (ShortfallObjective<ObjectiveT>) move_by_shortfalls(state);
+            if constexpr (ShortfallObjective<ObjectiveT>)
+                move_by_shortfalls(state);
             else if constexpr (has_bias)
                 objective.update(state.step_load.slice(0, state.bias.extents[0]), state.bias);
             state.ended[0] = step;
@@ -285,6 +302,12 @@ struct Balance {
     friend bool operator==(const Balance&, const Balance&) = default;
 
 private:
+    /// Whether the log holds this micro-step already, of a scope that communicates.
+    [[nodiscard]] static bool replays([[maybe_unused]] const State<>& state, [[maybe_unused]] const StepInfo& at) {
+        if constexpr (communicates) return state.log.holds(at);
+        return false;
+    }
+
     template <class Space>
     static constexpr void copy(view<std::int64_t, 1, Space> from, view<std::int64_t, 1, Space> to) {
         for (index_t w = 0; w < to.extents[0]; ++w) to[w] = from[w];
@@ -310,10 +333,12 @@ private:
     /// What is tallied of each token.
     template <class Space>
     [[nodiscard]] auto tally([[maybe_unused]] const State<Space>& state) const {
-        if constexpr (MeanObjective<ObjectiveT>) return FixedSums<quantity>{};
+        if constexpr (MeanObjective<ObjectiveT>)
+            return FixedSums<quantity>{};
         else if constexpr (ShortfallObjective<ObjectiveT>)
             return Shortfalls<Space>{objective.score, state.bias, static_cast<index_t>(objective.bins)};
-        else return Choices{};
+        else
+            return Choices{};
     }
 
     template <class Space>
@@ -325,8 +350,7 @@ private:
 
     /// The value of segment s; writes its slopes.
     template <class T, class Space>
-    [[nodiscard]] double segment_loss(const Observation<T, Space>& seen, const Record<Space>& record,
-                                      index_t s) const {
+    [[nodiscard]] double segment_loss(const Observation<T, Space>& seen, const Record<>& record, index_t s) const {
         const index_t experts = seen.experts();
         const auto words = record.load[s].slice(0, experts);
         const std::int64_t tokens = record.load(s, experts), own = record.own[s];

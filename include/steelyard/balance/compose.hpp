@@ -17,8 +17,9 @@ namespace detail {
 
 template <class... Parts>
 constexpr bool bias_of() {
-    static_assert(((Parts::has_bias ? 1 : 0) + ... + 0) <= 1,
-                  "steelyard: AllOf takes at most one policy with a selection bias: two would fight over the selection");
+    static_assert(
+        ((Parts::has_bias ? 1 : 0) + ... + 0) <= 1,
+        "steelyard: AllOf takes at most one policy with a selection bias: two would fight over the selection");
     return (Parts::has_bias || ...);
 }
 
@@ -41,9 +42,7 @@ struct AllOf {
     static constexpr bool uses_ids = (BalanceTraits<Parts>::uses_ids || ...);
 
     constexpr AllOf() = default;
-    constexpr explicit AllOf(Parts... policies)
-        requires(sizeof...(Parts) > 0)
-        : parts(std::move(policies)...) {}
+    constexpr explicit AllOf(Parts... policies) requires(sizeof...(Parts) > 0) : parts(std::move(policies)...) {}
 
     template <class Space = HostSpace>
     struct State {
@@ -99,26 +98,29 @@ struct AllOf {
     }
 
     template <class Device, class T, class Space>
-    void observe(const Device& device, const Observation<T, Space>& seen, const State<Space>& state,
-                 const Record<Space>& record, Wire<Space>& wire) const {
-        each([&](const auto& part, const auto& own, const auto& kept) { part.observe(device, seen, own, kept, wire); },
+    void observe(const Device& device, const Observation<T, Space>& seen, const State<>& state, const Record<>& record,
+                 std::byte* scratch) const {
+        each([&](const auto& part, const auto& own,
+                 const auto& kept) { part.observe(device, seen, own, kept, scratch); },
+             state.of, record.of);
+    }
+
+    template <class T, class Space>
+    void post(const Observation<T, Space>& seen, const State<>& state, const Record<>& record, Wire<>& wire) const {
+        each([&](const auto& part, const auto& own, const auto& kept) { part.post(seen, own, kept, wire); }, state.of,
+             record.of);
+    }
+
+    template <class T, class Space>
+    void conclude(const Observation<T, Space>& seen, const State<>& state, const Record<>& record, Wire<>& wire) const {
+        each([&](const auto& part, const auto& own, const auto& kept) { part.conclude(seen, own, kept, wire); },
              state.of, record.of);
     }
 
     template <class Device, class T, class Space>
-    void conclude(const Device& device, const Observation<T, Space>& seen, const State<Space>& state,
-                  const Record<Space>& record, Wire<Space>& wire, std::byte* scratch) const {
-        each(
-            [&](const auto& part, const auto& own, const auto& kept) {
-                part.conclude(device, seen, own, kept, wire, scratch);
-            },
-            state.of, record.of);
-    }
-
-    template <class Device, class T, class Space>
-    void gradient(const Device& device, const Observation<T, Space>& seen, const Record<Space>& record,
-                  const RoutingGrad<T, Space>& grad) const {
-        each([&](const auto& part, const auto& kept) { part.gradient(device, seen, kept, grad); }, record.of);
+    void gradient(const Device& device, const Observation<T, Space>& seen, const Record<>& record,
+                  const RoutingGrad<T, Space>& grad, std::byte* scratch) const {
+        each([&](const auto& part, const auto& kept) { part.gradient(device, seen, kept, grad, scratch); }, record.of);
     }
 
     template <class Space>
@@ -153,7 +155,8 @@ private:
                 body(std::get<J>(parts), std::get<J>(tuples)...);
             };
             (at(std::integral_constant<std::size_t, I>{}), ...);
-        }(std::index_sequence_for<Parts...>{});
+        }
+        (std::index_sequence_for<Parts...>{});
     }
 };
 
@@ -172,8 +175,7 @@ struct Scheduled {
     static constexpr bool has_bias = First::has_bias || Then::has_bias;
     static constexpr bool has_loss = First::has_loss || Then::has_loss;
     static constexpr bool communicates = First::communicates || Then::communicates;
-    static constexpr bool communicates_at_step_end =
-        First::communicates_at_step_end || Then::communicates_at_step_end;
+    static constexpr bool communicates_at_step_end = First::communicates_at_step_end || Then::communicates_at_step_end;
     static constexpr bool needs_rank_tokens = First::needs_rank_tokens || Then::needs_rank_tokens;
     static constexpr bool remembers = First::remembers || Then::remembers;
     static constexpr bool needs_smooth_load =
@@ -210,7 +212,8 @@ struct Scheduled {
 
     template <class Space>
     [[nodiscard]] view<const float, 1, Space> selection_bias(const State<Space>& state, const StepInfo& at) const {
-        return active(at.step, [&](const auto& part, const auto& own) { return part.selection_bias(own, at); }, state);
+        return active(
+            at.step, [&](const auto& part, const auto& own) { return part.selection_bias(own, at); }, state);
     }
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
@@ -226,40 +229,49 @@ struct Scheduled {
 
     template <class Space>
     [[nodiscard]] constexpr bool exchanges(const State<Space>& state, const StepInfo& at) const {
-        return active(at.step, [&](const auto& part, const auto& own) { return part.exchanges(own, at); }, state);
+        return active(
+            at.step, [&](const auto& part, const auto& own) { return part.exchanges(own, at); }, state);
     }
 
     template <class Device, class T, class Space>
-    void observe(const Device& device, const Observation<T, Space>& seen, const State<Space>& state,
-                 const Record<Space>& record, Wire<Space>& wire) const {
-        active(
-            seen.tokens.step.step,
-            [&](const auto& part, const auto& own, const auto& kept) { part.observe(device, seen, own, kept, wire); },
-            state, record);
-    }
-
-    template <class Device, class T, class Space>
-    void conclude(const Device& device, const Observation<T, Space>& seen, const State<Space>& state,
-                  const Record<Space>& record, Wire<Space>& wire, std::byte* scratch) const {
+    void observe(const Device& device, const Observation<T, Space>& seen, const State<>& state, const Record<>& record,
+                 std::byte* scratch) const {
         active(
             seen.tokens.step.step,
             [&](const auto& part, const auto& own, const auto& kept) {
-                part.conclude(device, seen, own, kept, wire, scratch);
+                part.observe(device, seen, own, kept, scratch);
             },
             state, record);
     }
 
-    template <class Device, class T, class Space>
-    void gradient(const Device& device, const Observation<T, Space>& seen, const Record<Space>& record,
-                  const RoutingGrad<T, Space>& grad) const {
+    template <class T, class Space>
+    void post(const Observation<T, Space>& seen, const State<>& state, const Record<>& record, Wire<>& wire) const {
         active(
             seen.tokens.step.step,
-            [&](const auto& part, const auto& kept) { part.gradient(device, seen, kept, grad); }, record);
+            [&](const auto& part, const auto& own, const auto& kept) { part.post(seen, own, kept, wire); }, state,
+            record);
+    }
+
+    template <class T, class Space>
+    void conclude(const Observation<T, Space>& seen, const State<>& state, const Record<>& record, Wire<>& wire) const {
+        active(
+            seen.tokens.step.step,
+            [&](const auto& part, const auto& own, const auto& kept) { part.conclude(seen, own, kept, wire); }, state,
+            record);
+    }
+
+    template <class Device, class T, class Space>
+    void gradient(const Device& device, const Observation<T, Space>& seen, const Record<>& record,
+                  const RoutingGrad<T, Space>& grad, std::byte* scratch) const {
+        active(
+            seen.tokens.step.step,
+            [&](const auto& part, const auto& kept) { part.gradient(device, seen, kept, grad, scratch); }, record);
     }
 
     template <class Space>
     [[nodiscard]] double loss(const Record<Space>& record, const StepInfo& at) const {
-        return active(at.step, [&](const auto& part, const auto& kept) { return part.loss(kept, at); }, record);
+        return active(
+            at.step, [&](const auto& part, const auto& kept) { return part.loss(kept, at); }, record);
     }
 
     [[nodiscard]] constexpr index_t step_words(const LayerShape& shape) const {
@@ -268,12 +280,14 @@ struct Scheduled {
 
     template <class Space>
     constexpr void collect_step(const State<Space>& state, std::int64_t step, Wire<Space>& wire) const {
-        active(step, [&](const auto& part, const auto& own) { part.collect_step(own, step, wire); }, state);
+        active(
+            step, [&](const auto& part, const auto& own) { part.collect_step(own, step, wire); }, state);
     }
 
     template <class Space>
     constexpr void end_step(const State<Space>& state, std::int64_t step, Wire<Space>& wire) const {
-        active(step, [&](const auto& part, const auto& own) { part.end_step(own, step, wire); }, state);
+        active(
+            step, [&](const auto& part, const auto& own) { part.end_step(own, step, wire); }, state);
     }
 
     friend bool operator==(const Scheduled&, const Scheduled&) = default;

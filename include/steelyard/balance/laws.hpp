@@ -21,11 +21,16 @@ template <class Device, class B>
 class BalanceTrial {
 public:
     BalanceTrial(const Device& device, const B& policy, const LayerShape& shape, int top_k, std::uint64_t seed)
-        : device_(device), policy_(policy), shape_(shape), top_k_(top_k),
+        : device_(device),
+          policy_(policy),
+          shape_(shape),
+          top_k_(top_k),
           routing_memory_(bytes_of<Routing<double>>(shape.tokens, shape.experts, index_t{top_k}, smooth)),
           grad_memory_(bytes_of<RoutingGrad<double>>(shape.tokens, shape.experts, index_t{top_k}, smooth)),
-          state_memory_(bytes_of<State>(policy, shape)), record_memory_(bytes_of<Record>(policy, shape)),
-          scratch_(balance_ops<Device>::scratch_bytes(device, shape)), mask_(static_cast<std::size_t>(shape.tokens), 1),
+          state_memory_(bytes_of<State>(policy, shape)),
+          record_memory_(bytes_of<Record>(policy, shape)),
+          scratch_(balance_ops<Device>::scratch_bytes(device, shape)),
+          mask_(static_cast<std::size_t>(shape.tokens), 1),
           ids_(static_cast<std::size_t>(shape.tokens)),
           words_(static_cast<std::size_t>(std::max(policy.wire_words(shape), policy.step_words(shape)) + 1)) {
         seen.routing =
@@ -86,14 +91,15 @@ public:
     /// One forward of one rank: the sum over the data group is the rank's own words.
     double observe() {
         Wire<> out(words()), in(words());
-        policy_.observe(device_, seen, state, record, out);
-        policy_.conclude(device_, seen, state, record, in, scratch_.data());
+        policy_.observe(device_, seen, state, record, scratch_.data());
+        policy_.post(seen, state, record, out);
+        policy_.conclude(seen, state, record, in);
         return policy_.loss(record, seen.tokens.step);
     }
 
     void differentiate() {
         std::fill_n(grad_memory_.data(), grad_memory_.size(), std::byte{0});
-        policy_.gradient(device_, seen, record, grad);
+        policy_.gradient(device_, seen, record, grad, scratch_.data());
     }
 
     void end_step(std::int64_t step) {
@@ -131,9 +137,7 @@ public:
 
 private:
     view<std::int64_t, 1> words() { return {words_.data(), static_cast<index_t>(words_.size())}; }
-    static std::vector<std::byte> copy(const Bytes& bytes) {
-        return {bytes.data(), bytes.data() + bytes.size()};
-    }
+    static std::vector<std::byte> copy(const Bytes& bytes) { return {bytes.data(), bytes.data() + bytes.size()}; }
 
     Device device_;
     B policy_;
@@ -230,8 +234,10 @@ Status check_balance_laws(const Device& device, const B& policy, const LayerShap
             const double difference = (above - below) / (2 * h);
             const double given = gradient[tensor_begin + static_cast<std::size_t>(i)];
             if (!(std::abs(difference - given) <= tolerance * (1.0 + std::abs(difference))))
-                derivative = broken_law(2, std::string("d loss / d ") + name + "[" + std::to_string(i) + "] = " +
-                                               std::to_string(difference), std::to_string(given));
+                derivative = broken_law(
+                    2,
+                    std::string("d loss / d ") + name + "[" + std::to_string(i) + "] = " + std::to_string(difference),
+                    std::to_string(given));
         }
         tensor_begin += static_cast<std::size_t>(values.size());
     });

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "steelyard/core/gate.hpp"
 #include "steelyard/core/shape.hpp"
 #include "steelyard/core/step.hpp"
 #include "steelyard/core/view.hpp"
@@ -16,10 +17,10 @@ using expert_t = std::int32_t;
 /// What the router decided for each token: written by the router, read by everything after it.
 template <class T, class Space = HostSpace>
 struct Routing {
-    view<T, 2, Space> logits;         // [T, E]  raw router output, noise included
-    view<T, 2, Space> probs;          // [T, E]  scores normalised over all experts: a row sums to 1
-    view<expert_t, 2, Space> expert;  // [T, K]  best first; -1 throughout for a masked token
-    view<T, 2, Space> weight;         // [T, K]  combine weights; 0 where expert is -1
+    view<T, 2, Space> logits;            // [T, E]  raw router output, noise included
+    view<T, 2, Space> probs;             // [T, E]  scores normalised over all experts: a row sums to 1
+    view<expert_t, 2, Space> expert;     // [T, K]  best first; -1 throughout for a masked token
+    view<T, 2, Space> weight;            // [T, K]  combine weights; 0 where expert is -1
     view<T, 2, Space> smooth_load = {};  // [T, E]  differentiable chance of each choice; absent for most routers
 
     template <class Field>
@@ -41,9 +42,9 @@ struct Routing {
 /// The gradient that flows back into the router. Stages accumulate (+=) into it.
 template <class T, class Space = HostSpace>
 struct RoutingGrad {
-    view<T, 2, Space> weight;  // [T, K]  from the combine
-    view<T, 2, Space> probs;   // [T, E]  from balance losses on P
-    view<T, 2, Space> logits;  // [T, E]  from losses on the logits (z-loss)
+    view<T, 2, Space> weight;            // [T, K]  from the combine
+    view<T, 2, Space> probs;             // [T, E]  from balance losses on P
+    view<T, 2, Space> logits;            // [T, E]  from losses on the logits (z-loss)
     view<T, 2, Space> smooth_load = {};  // [T, E]  from losses on the smooth load, where the router has one
 
     template <class Field>
@@ -97,18 +98,18 @@ struct TokenInfo {
 /// What a router sees of one call.
 template <class T, class Space = HostSpace>
 struct RouterInput {
-    view<const T, 2, Space> x;                        // [T, d]
+    view<const T, 2, Space> x;  // [T, d]
     TokenInfo<Space> tokens = {};
     view<const float, 1, Space> selection_bias = {};  // [E]     of the balance policy, or absent
-    view<const T, 2, Space> prior = {};               // [T, E]  logits of the layer before, for routers that ask
+    view<const gate_t<T>, 2, Space> prior = {};       // [T, E]  logits of the layer before, for routers that ask
     std::uint32_t layer = 0;                          // index in the model: keys the random numbers
 };
 
 /// Where a router adds (+=) the gradients of its inputs. Absent: not wanted.
 template <class T, class Space = HostSpace>
 struct RouterInputGrad {
-    view<T, 2, Space> x;           // [T, d]
-    view<T, 2, Space> prior = {};  // [T, E]
+    view<T, 2, Space> x;                   // [T, d]
+    view<gate_t<T>, 2, Space> prior = {};  // [T, E]
 };
 
 }  // namespace steelyard

@@ -81,7 +81,8 @@ struct balance_ops<Cpu> {
     }
 
     template <class T, class Tally = Choices>
-    static void count(const Cpu&, const Observation<T>& seen, view<std::int64_t, 2> load, const Tally& tally = {}) {
+    static void count(const Cpu&, const Observation<T>& seen, view<std::int64_t, 2> load, const Tally& tally = {},
+                      std::byte* = nullptr) {
         clear(load);
         const Tallier<T, Tally> tallier(seen, tally);
         each_segment(seen, load.extents[0], [&](index_t s, index_t begin, index_t end) {
@@ -92,7 +93,7 @@ struct balance_ops<Cpu> {
 
     template <class T, class Tally = Choices>
     static void count_drawn(const Cpu&, const Observation<T>& seen, const TokenDraw& draw, view<std::int64_t, 2> load,
-                            const Tally& tally = {}) {
+                            const Tally& tally = {}, std::byte* = nullptr) {
         clear(load);
         const Tallier<T, Tally> tallier(seen, tally);
         std::int64_t position = 0, taken = 0;
@@ -133,7 +134,7 @@ struct balance_ops<Cpu> {
 
     template <class T, Quantity Q>
     static void add_quantity_gradient(const Cpu&, const Observation<T>& seen, view<const double, 2> coefficients,
-                                      double factor, const RoutingGrad<T>& grad) {
+                                      double factor, const RoutingGrad<T>& grad, std::byte* = nullptr) {
         const index_t experts = seen.experts(), top_k = seen.top_k();
         each_segment(seen, coefficients.extents[0], [&](index_t s, index_t begin, index_t end) {
             const double* slope = coefficients[s].data;
@@ -153,8 +154,8 @@ struct balance_ops<Cpu> {
     }
 
     template <class T, class Objective>
-    static double sum_tokens(const Cpu& device, const Observation<T>& seen, const Objective& objective,
-                             std::byte* scratch) {
+    static void sum_tokens(const Cpu& device, const Observation<T>& seen, const Objective& objective,
+                           view<double, 1> loss, std::byte* scratch) {
         auto* partial = reinterpret_cast<double*>(scratch);  // [blocks]
         const index_t parts = blocks(seen.count());
         with_math<T>(device, [&](auto math) {
@@ -165,14 +166,13 @@ struct balance_ops<Cpu> {
                 partial[b] = sum;
             });
         });
-        double sum = 0.0;
-        for (index_t b = 0; b < parts; ++b) sum += partial[b];
-        return sum;
+        loss[0] = 0.0;
+        for (index_t b = 0; b < parts; ++b) loss[0] += partial[b];
     }
 
     template <class T, class Objective>
     static void add_token_gradient(const Cpu& device, const Observation<T>& seen, const Objective& objective,
-                                   double factor, view<T, 2> dlogits) {
+                                   double factor, view<T, 2> dlogits, std::byte* = nullptr) {
         with_math<T>(device, [&](auto math) {
             cpu::parallel_for(device, blocks(seen.count()), [&](index_t b, int) {
                 for (index_t t = b * block; t < std::min((b + 1) * block, seen.count()); ++t)
@@ -331,8 +331,8 @@ private:
                 index_t count = 0;
                 for (; begin < end && count < block; ++begin)
                     if (seen.counts(begin)) row[count++] = &from(begin, 0);
-                cpu::with_kernels(
-                    device.isa, [&](auto kernels) { kernels.template sum_rows<T>(row, count, experts, add, sum); });
+                cpu::with_kernels(device.isa,
+                                  [&](auto kernels) { kernels.template sum_rows<T>(row, count, experts, add, sum); });
                 add = true;
             } while (begin < end);
         }

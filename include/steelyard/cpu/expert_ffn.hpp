@@ -12,7 +12,7 @@ namespace steelyard::cpu {
 /// and 256 rows of width h.
 struct FfnKernels {
     template <class T>
-    [[nodiscard]] static index_t scratch_bytes(const Cpu& device, index_t width, index_t hidden) {
+    [[nodiscard]] static index_t scratch_bytes(const Cpu& device, index_t /*rows*/, index_t width, index_t hidden) {
         return bytes_of<detail::expert::FfnCallScratch<T>>(index_t{std::max(device.threads, 1)}, width, hidden);
     }
 

@@ -69,7 +69,7 @@ view<T, 2> columns(view<T, 2> matrix, index_t begin, index_t end) {
 /// out[P, n] (+=) weights^T rows over the valid tokens of one sequence, for columns [c0, c1) of rows.
 template <class T>
 void add_transposed(const Sequences& all, index_t s, view<const T, 2> weights, view<const T, 2> rows, index_t c0,
-                    index_t c1, view<T, 2> out, const Scratch<T>& own) {
+                    index_t c1, view<T, 2> out, const Scratch<T>& own, Isa isa) {
     for (index_t from = all.begin(s); from < all.end(s); from += token_block) {
         const index_t to = std::min(from + token_block, all.end(s));
         const view<T, 2> copy(own.block.data, to - from, c1 - c0);
@@ -80,7 +80,7 @@ void add_transposed(const Sequences& all, index_t s, view<const T, 2> weights, v
             else
                 std::fill_n(row, c1 - c0, T(0));
         }
-        gemm_tn<T>(weights.slice(from, to), copy, columns(out, c0, c1), Write::add, own.gemm.data, device.isa);
+        gemm_tn<T>(weights.slice(from, to), copy, columns(out, c0, c1), Write::add, own.gemm.data, isa);
     }
 }
 
@@ -165,7 +165,7 @@ struct soft_ops<Cpu> {
             const index_t c1 = std::min(width, c0 + cpu::detail::soft::column_block);
             const view<T, 2> out = slots.slice(s * each, (s + 1) * each);
             for (index_t p = 0; p < each; ++p) std::fill(&out(p, c0), &out(p, c0) + (c1 - c0), T(0));
-            cpu::detail::soft::add_transposed<T>(all, s, weights, x, c0, c1, out, part<T>(scratch, thread));
+            cpu::detail::soft::add_transposed<T>(all, s, weights, x, c0, c1, out, part<T>(scratch, thread), device.isa);
         });
     }
 
@@ -266,7 +266,8 @@ struct soft_ops<Cpu> {
             const index_t c0 = task * cpu::detail::soft::column_block;
             const index_t c1 = std::min(width, c0 + cpu::detail::soft::column_block);
             for (index_t s = 0; s < all.count(); ++s)
-                cpu::detail::soft::add_transposed<T>(all, s, dlogits, x, c0, c1, dphi, part<T>(scratch, thread));
+                cpu::detail::soft::add_transposed<T>(all, s, dlogits, x, c0, c1, dphi, part<T>(scratch, thread),
+                                                     device.isa);
             for (index_t p = 0; p < slots && normalize; ++p)
                 for (index_t j = c0; j < c1; ++j) dphi(p, j) -= along[p] * norm[p] * norm[p] * phi(p, j);
         });

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "steelyard/core/bf16.hpp"
 #include "steelyard/core/status.hpp"
 #include "steelyard/core/view.hpp"
 
@@ -30,6 +32,8 @@ enum class CudaExperts {
 /// logits are not finite, is written to `faults` (see `CudaFaults`).
 struct Cuda {
     using space = CudaSpace;
+    template <class T>
+    static constexpr bool has_element = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
 
     CUstream_st* stream = nullptr;   ///< cudaStream_t
     cublasContext* blas = nullptr;   ///< cublasHandle_t with a workspace of its own

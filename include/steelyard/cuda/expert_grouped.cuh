@@ -86,7 +86,7 @@ public:
 
     static index_t scratch_bytes(index_t rows, index_t hidden) {
         const index_t inner = rows * hidden * static_cast<index_t>(sizeof(bf16));
-        const index_t parts = rows * tiles_of(hidden, 256) * static_cast<index_t>(sizeof(float));
+        const index_t parts = rows * tiles_of(hidden, 128) * static_cast<index_t>(sizeof(float));
         return steelyard::detail::align_up(std::max(inner, parts));
     }
 
@@ -100,8 +100,12 @@ public:
           rows_(plan.choice.extents[0]),
           width_(static_cast<int>(weights.up.extents[2])),
           hidden_(static_cast<int>(weights.up.extents[1])),
-          // Few rows for an expert: a tile of 128 would be mostly empty.
-          small_(rows_ <= 64 * plan.experts()) {}
+          // Few rows for an expert: a tile of 128 would be mostly empty. And where there are few tiles, narrow ones keep
+          // more multiprocessors at reading weights.
+          small_(rows_ <= 64 * plan.experts()),
+          columns_(small_ && std::min(rows_, plan.experts()) * tiles_of(hidden_, 128) < 4 * Gpu::current().multiprocessors
+                       ? 128
+                       : 256) {}
 
     void forward(const FfnKept<bf16, Space>& kept, view<bf16, 2, Space> rows, std::byte* scratch) const {
         if (rows_ == 0) return;
@@ -116,9 +120,9 @@ public:
         if (!rows.present()) return;
         ProductMaps maps{};
         maps.a[0] = maps.a[1] = rows_map(inner.data, inner.stride, hidden_);
-        maps.b[0] = maps.b[1] = maker().weights(weights_.down, 128);
+        maps.b[0] = maps.b[1] = maker().weights(weights_.down, columns_ / 2);
         maps.out[0] = out_map(out(rows), width_);
-        const GroupedProduct of = product(hidden_, width_, 256);
+        const GroupedProduct of = product(hidden_, width_, columns_);
         launch<Bring::rows, Bring::weights>(maps, of, FinishRows{{}, out(rows), width_});
     }
 
@@ -136,7 +140,7 @@ public:
         if (parts != nullptr) {
             constexpr int threads = 128;
             add_weight_parts<<<static_cast<unsigned>((rows_ + threads - 1) / threads), threads, 0, device_.stream>>>(
-                parts, tiles_of(hidden_, 256), plan_.offsets.data, experts(), plan_.choice.data, top_k(), dweight.data,
+                parts, tiles_of(hidden_, columns_), plan_.offsets.data, experts(), plan_.choice.data, top_k(), dweight.data,
                 dweight.strides[0]);
             check_call(cudaGetLastError(), "add_weight_parts");
         }
@@ -174,7 +178,7 @@ private:
         return maker().rows(rows.data, rows_, rows.extents[1], rows.strides[0], 64);
     }
 
-    /// Rows times a weight: k columns to n, in tiles of `columns`.
+    /// Rows times a weight: k columns to n, of which a tile has `columns`.
     [[nodiscard]] GroupedProduct product(int k, int n, int columns) const {
         GroupedProduct of;
         of.offsets = plan_.offsets.data;
@@ -183,7 +187,6 @@ private:
         of.choice = plan_.choice.data;
         of.top_k = Divisor(top_k());
         of.k_steps = tiles_of(k, 64);
-        of.n_step = columns;
         return of;
     }
     static void gather(GroupedProduct& of, const view<const bf16, 2, Space>& tokens) {
@@ -195,11 +198,12 @@ private:
     template <bool gated, bool swiglu>
     void hidden(const RowsOut& gate, const RowsOut& up, const RowsOut& inner) const {
         ProductMaps maps{};
-        maps.b[1] = maker().weights(weights_.up, 128);
-        maps.b[0] = gated ? maker().weights(weights_.gate, 128) : maps.b[1];
+        maps.b[1] = maker().weights(weights_.up, columns_ / 2);
+        maps.b[0] = gated ? maker().weights(weights_.gate, columns_ / 2) : maps.b[1];
         maps.a[0] = maps.a[1] = maps.b[0];  // not read
         hidden_out(maps, gate, up, inner);
-        GroupedProduct of = product(width_, hidden_, gated ? 128 : 256);
+        GroupedProduct of = product(width_, hidden_, gated ? columns_ / 2 : columns_);
+        of.halved = gated;
         gather(of, x_);
         launch<Bring::gathered, Bring::weights>(maps, of,
                                                 FinishHidden<gated, swiglu>{{}, function_, gate, up, inner, hidden_});
@@ -214,13 +218,13 @@ private:
         maps.extra[1] = rows_map(kept.up, hidden_);
         maps.extra[0] = gated ? rows_map(kept.gate, hidden_) : maps.extra[1];
         hidden_out(maps, out(to.gate), out(to.up), out(to.inner));
-        GroupedProduct of = product(width_, hidden_, 256);
+        GroupedProduct of = product(width_, hidden_, columns_);
         gather(of, dy);
         launch<Bring::gathered, Bring::weights_turned>(
             maps, of,
             FinishHiddenGradient<gated, swiglu>{function_, out(to.gate), out(to.up), out(to.inner), weight.data,
                                                 weight.strides[0], plan_.choice.data, Divisor(top_k()), parts,
-                                                tiles_of(hidden_, 256), hidden_});
+                                                tiles_of(hidden_, columns_), hidden_});
     }
 
     /// drows = dgate G + dup U.
@@ -231,7 +235,7 @@ private:
         maps.a[0] = function_.gated ? rows_map(from.gate, hidden_) : maps.a[1];
         maps.b[0] = function_.gated ? maker().weights(weights_.gate, 64) : maps.b[1];
         maps.out[0] = out_map(out(drows), width_);
-        GroupedProduct of = product(hidden_, width_, 256);
+        GroupedProduct of = product(hidden_, width_, columns_);
         of.segments = function_.gated ? 2 : 1;
         launch<Bring::rows, Bring::weights_turned>(maps, of, FinishRows{{}, out(drows), width_});
     }
@@ -278,19 +282,20 @@ private:
 
     template <Bring a, Bring b, class Finish>
     void launch(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
-        if (small_)
-            launch_by<a, b, 1>(maps, of, finish);
+        if (columns_ == 128)
+            launch_by<a, b, ProductBlock<1, 128>>(maps, of, finish);
+        else if (small_)
+            launch_by<a, b, ProductBlock<1, 256>>(maps, of, finish);
         else
-            launch_by<a, b, 2>(maps, of, finish);
+            launch_by<a, b, ProductBlock<2, 256>>(maps, of, finish);
     }
     template <Bring a, Bring b, class Finish>
     void launch_large(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
-        launch_by<a, b, 2>(maps, of, finish);
+        launch_by<a, b, ProductBlock<2, 256>>(maps, of, finish);
     }
-    template <Bring a, Bring b, int multipliers, class Finish>
+    template <Bring a, Bring b, class Block, class Finish>
     void launch_by(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
-        using Block = ProductBlock<multipliers>;
-        const auto kernel = grouped_product<a, b, multipliers, Finish>;
+        const auto kernel = grouped_product<a, b, Block, Finish>;
         const int shared = Block::shared_bytes(of.experts);
         // Once for each kernel and GPU: for few tokens, each call of the runtime takes longer than a product.
         static std::atomic<bool> allowed[Gpu::most];
@@ -311,6 +316,7 @@ private:
     index_t rows_;
     int width_, hidden_;
     bool small_;
+    int columns_;  // of a tile
 };
 
 }  // namespace steelyard::cuda

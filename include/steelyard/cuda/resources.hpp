@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <utility>
 
 #include "steelyard/core/status.hpp"
@@ -67,8 +68,12 @@ public:
 
     [[nodiscard]] std::byte* data() const { return data_; }
     [[nodiscard]] index_t size() const { return size_; }
+    [[nodiscard]] std::span<std::byte> span() const { return {data_, static_cast<std::size_t>(size_)}; }
+
+    /// Copies `bytes` from or to host memory, and waits.
     void upload(const void* from, index_t bytes) const;
     void download(void* to, index_t bytes) const;
+    /// Every byte (=) value.
     void fill(unsigned char value) const;
 
 private:

@@ -50,8 +50,8 @@ concept HasBundles = requires(const X& expert, const LayerShape& shape, index_t 
 ///    what backward needs beside x, and `Work`: backward's own rows, both `fields(field, const X&, const LayerShape&,
 ///    index_t rows)`. The first extent of every weight is E, or what the expert documents: 0 where an option leaves
 ///    the tensor out, 1 where all experts share it, a part of E where only some experts have it.
-/// 4. `scratch_bytes<T>(device, shape)` is pure; `scratch` below has that many bytes, aligned to
-///    `layout_alignment`, and keeps nothing between calls.
+/// 4. `scratch_bytes<T>(device, shape)` is pure, `shape.tokens` being the most grouped rows; `scratch` below has that
+///    many bytes, aligned to `layout_alignment`, and keeps nothing between calls.
 /// 5. `forward<T>(device, params, x[T,d], plan, kept (=), rows[N,d] (=) or absent, scratch)` writes
 ///    rows[r] = f_e(x[t]) without the combine weight, e being the expert of row r. With `rows` absent it only fills
 ///    `kept`, with the same bits: this is how activations are recomputed. An expert that says

@@ -119,7 +119,7 @@ struct FeedForward {
 
     template <class T, class Device>
     [[nodiscard]] index_t scratch_bytes(const Device& device, const LayerShape& shape) const {
-        return expert_ops<Device>::template scratch_bytes<T>(device, shape.width, hidden);
+        return expert_ops<Device>::template scratch_bytes<T>(device, shape.tokens, shape.width, hidden);
     }
 
     /// Bytes of a packed copy of the weights. Pure.
@@ -131,10 +131,11 @@ struct FeedForward {
                                                                 hidden, Form::gated);
     }
 
-    /// Writes (=) the copy of the matrices that `Params::packed` takes: in the order in which they are read, which saves
-    /// the packing in every call, and in fewer bits if asked. To be made again whenever the weights have changed. Without
-    /// it forward and backward give the same bits as with PackedFormat::full, slower. Biases are not part of it; other
-    /// formats are for inference, and backward goes through the matrices themselves where it has no panels of its own.
+    /// Writes (=) the copy of the matrices that `Params::packed` takes: in the order in which they are read, which
+    /// saves the packing in every call, and in fewer bits if asked. To be made again whenever the weights have changed.
+    /// Without it forward and backward give the same bits as with PackedFormat::full, slower. Biases are not part of
+    /// it; other formats are for inference, and backward goes through the matrices themselves where it has no panels of
+    /// its own.
     template <class T, class Device, class Space = typename Device::space>
     Status pack(const Device& device, const LayerShape& shape, const Params<const T, Space>& params,
                 std::span<std::byte> packed, PackedFormat format = PackedFormat::full,
@@ -142,7 +143,8 @@ struct FeedForward {
         if (format != PackedFormat::full && (purpose == PackedFor::training || sizeof(T) != sizeof(float)))
             return Status::refuse(Code::invalid_argument, "expert.pack", "format",
                                   "PackedFormat::full for training, and for elements other than float", "another");
-        if (Status s = check_block("expert.pack", "packed", packed, packed_bytes<T>(device, shape, format, purpose)); !s)
+        if (Status s = check_block("expert.pack", "packed", packed, packed_bytes<T>(device, shape, format, purpose));
+            !s)
             return s;
         Params<const T, Space> matrices = params;
         if (Status s = check_bundle("expert.pack", "params", Absent::refused, matrices, *this, shape); !s) return s;
@@ -164,7 +166,8 @@ struct FeedForward {
         if (Status s = check_view(stage, prefix + "up_bias", params.up_bias, shape.experts, hidden); !s) return s;
         if (Status s = check_view(stage, prefix + "down_bias", params.down_bias, shape.experts, shape.width); !s)
             return s;
-        return Form::gated ? check_view(stage, prefix + "gate_bias", params.gate_bias, shape.experts, hidden) : Status{};
+        return Form::gated ? check_view(stage, prefix + "gate_bias", params.gate_bias, shape.experts, hidden)
+                           : Status{};
     }
     /// Whether the packed copy of `params` does without the matrices. It was checked.
     template <class T, class Device, class Space = typename Device::space>
@@ -186,10 +189,10 @@ struct FeedForward {
     void backward(const Device& device, const Params<const T, Space>& params,
                   std::type_identity_t<view<const T, 2, Space>> x,  // [T, d]
                   const Plan<Space>& plan, const Kept<T, Space>& kept,
-                  std::type_identity_t<view<const T, 2, Space>> weight,                       // [T, K], or absent: 1
+                  std::type_identity_t<view<const gate_t<T>, 2, Space>> weight,               // [T, K], or absent: 1
                   std::type_identity_t<view<const T, 2, Space>> dy,                           // [T, d]
                   const Work<T, Space>& work, std::type_identity_t<view<T, 2, Space>> drows,  // [N, d] (=)
-                  std::type_identity_t<view<T, 2, Space>> dweight,                            // [T, K] (+=), or absent
+                  std::type_identity_t<view<gate_t<T>, 2, Space>> dweight,                    // [T, K] (+=), or absent
                   const Params<T, Space>& grads,  // (+=), absent members are frozen
                   std::byte* scratch) const {
         expert_ops<Device>::template ffn_backward<T>(

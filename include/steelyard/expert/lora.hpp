@@ -74,7 +74,7 @@ struct Lora {
 
     template <class T, class Device>
     [[nodiscard]] index_t scratch_bytes(const Device& device, const LayerShape& shape) const {
-        return expert_ops<Device>::template scratch_bytes<T>(device, shape.width, rank);
+        return expert_ops<Device>::template scratch_bytes<T>(device, shape.tokens, shape.width, rank);
     }
 
     template <class T, class Device, class Space = typename Device::space>

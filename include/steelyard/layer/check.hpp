@@ -78,7 +78,13 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
     if (tokens.mask.present()) {
         if (Status s = check_view(stage, "mask", tokens.mask, count); !s) return s;
         valid = 0;
-        for (index_t t = 0; t < count; ++t) valid += tokens.mask[t] != 0;
+        if constexpr (std::is_same_v<Space, HostSpace>) {
+            for (index_t t = 0; t < count; ++t) valid += tokens.mask[t] != 0;
+        } else if (BalanceT::has_loss && tokens.mode == Mode::train && tokens.step.total_tokens == 0) {
+            return detail::refuse_number(stage, "step.total_tokens",
+                                         "the valid tokens of the whole step, which the host cannot count",
+                                         tokens.step.total_tokens);
+        }
     }
     if (tokens.sequences.present()) {
         const auto& offsets = tokens.sequences;
@@ -89,16 +95,18 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
                 offsets.extents[0]);
         if (!offsets.contiguous_rows())
             return Status::refuse(Code::invalid_argument, stage, "sequences", "contiguous offsets", "a stride");
-        const auto refuse_offsets = [&](std::string came) {
-            return Status::refuse(Code::invalid_argument, stage, "sequences",
-                                  "ascending offsets from 0 to " + std::to_string(count), std::move(came));
-        };
-        if (offsets[0] != 0 || offsets[sequences] != count)
-            return refuse_offsets("offsets from " + std::to_string(offsets[0]) + " to " +
-                                  std::to_string(offsets[sequences]));
-        for (index_t s = 0; s < sequences; ++s)
-            if (offsets[s] > offsets[s + 1])
-                return refuse_offsets(std::to_string(offsets[s]) + " before " + std::to_string(offsets[s + 1]));
+        if constexpr (std::is_same_v<Space, HostSpace>) {
+            const auto refuse_offsets = [&](std::string came) {
+                return Status::refuse(Code::invalid_argument, stage, "sequences",
+                                      "ascending offsets from 0 to " + std::to_string(count), std::move(came));
+            };
+            if (offsets[0] != 0 || offsets[sequences] != count)
+                return refuse_offsets("offsets from " + std::to_string(offsets[0]) + " to " +
+                                      std::to_string(offsets[sequences]));
+            for (index_t s = 0; s < sequences; ++s)
+                if (offsets[s] > offsets[s + 1])
+                    return refuse_offsets(std::to_string(offsets[s]) + " before " + std::to_string(offsets[s + 1]));
+        }
     }
     const StepInfo& at = tokens.step;
     if (at.step < 0) return detail::refuse_number(stage, "step.step", "at least 0", at.step);

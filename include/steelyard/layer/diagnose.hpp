@@ -11,6 +11,7 @@
 #include "steelyard/expert/concept.hpp"
 #include "steelyard/layer/memory.hpp"
 #include "steelyard/layer/retention.hpp"
+#include "steelyard/ops/memory_ops.hpp"
 #include "steelyard/plan/overflow.hpp"
 #include "steelyard/router/concept.hpp"
 
@@ -101,7 +102,13 @@ struct BalanceDiagnosis {
 template <class T, class RouterT, class ExpertT, class BalanceT, class CommT, class OverflowT, class RetentionT,
           class DeviceT>
 struct LayerDiagnosis {
-    static constexpr bool element = std::is_same_v<T, float> || std::is_same_v<T, double>;
+    /// float or double, or what the device says that it has: `template <class T> static constexpr bool has_element`.
+    static constexpr bool element = [] {
+        if constexpr (requires { DeviceT::template has_element<T>; })
+            return bool(DeviceT::template has_element<T>);
+        else
+            return std::is_same_v<T, float> || std::is_same_v<T, double>;
+    }();
     static constexpr bool comm = CommBackend<CommT>;
     static constexpr bool overflow = Overflow<OverflowT>;
     static constexpr bool retention = Retention<RetentionT>;
@@ -109,6 +116,12 @@ struct LayerDiagnosis {
         typename DeviceT::space;
         { value.check() } -> std::same_as<Status>;
     };
+
+    /// The device works in its own time (layer/queued.hpp).
+    static constexpr bool own_time = [] {
+        if constexpr (requires { memory_ops<DeviceT>::asynchronous; }) return bool(memory_ops<DeviceT>::asynchronous);
+        return false;
+    }();
 
     /// Policies that are sound alone may not fit together.
     static constexpr bool diagnose_together() {
@@ -122,11 +135,16 @@ struct LayerDiagnosis {
         static_assert(drops, "steelyard: this router chooses no experts, so there is nothing to drop: use Dropless");
         static_assert(load,
                       "steelyard: this balance acts on a smooth load, which the router does not have: use NoisyTopK");
-        return balances && drops && load;
+        constexpr bool draws = !BalanceT::needs_rank_tokens || !own_time;
+        static_assert(draws,
+                      "steelyard: a scope that draws over ranks (Shuffled) runs on the CPU device: use Synchronized");
+        return balances && drops && load && draws;
     }
 
     static constexpr bool diagnose() {
-        static_assert(element, "steelyard: the element type of a layer is float or double");
+        static_assert(
+            element,
+            "steelyard: the element type of a layer is float or double on the CPU, float or bf16 on the CUDA device");
         static_assert(comm,
                       "steelyard: CommBackend must provide rank, size, begin_sum and end_sum: see "
                       "docs/policies/comm.md");

@@ -81,6 +81,7 @@ template <class Element, class RouterT, class ExpertT, class BalanceT, class Com
           class DeviceT>
 struct LayerTypes {
     using T = Element;
+    using Gate = gate_t<Element>;
     using Space = typename DeviceT::space;
     using Device = DeviceT;
     using Router = RouterT;
@@ -211,7 +212,7 @@ struct LayerTypes {
         Stack* stack = nullptr;                           ///< defers the sum of the statistics to the caller
         index_t row = 0;                                  ///< of the stack
         view<const std::int64_t, 1> tokens_of_rank = {};  // [R]  saves scopes that ask for it an exchange
-        view<const T, 2, Space> prior = {};               // [T, E]  logits of the layer before, for routers that ask
+        view<const gate_t<T>, 2, Space> prior = {};       // [T, E]  logits of the layer before, for routers that ask
     };
 
     struct BackwardArgs {
@@ -221,9 +222,9 @@ struct LayerTypes {
         view<T, 2, Space> dx;        // [T, d]  (=)
         Params<T> grads;             //         (+=)  absent tensors are frozen
         std::span<std::byte> context, workspace;
-        view<const T, 2, Space> prior = {};  // [T, E]  the same values as in forward
-        view<T, 2, Space> dprior = {};       // [T, E]  (+=), or absent
-        view<const T, 2, Space> dlogits =
+        view<const gate_t<T>, 2, Space> prior = {};  // [T, E]  the same values as in forward
+        view<gate_t<T>, 2, Space> dprior = {};       // [T, E]  (+=), or absent
+        view<const gate_t<T>, 2, Space> dlogits =
             {};  // [T, E]  gradient by this layer's logits, from the layer after; or absent
     };
 };

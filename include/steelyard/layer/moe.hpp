@@ -9,7 +9,7 @@
 
 #include "steelyard/comm/concept.hpp"
 #include "steelyard/comm/self.hpp"
-#include "steelyard/cpu/device.hpp"
+#include "steelyard/cpu/memory.hpp"
 #include "steelyard/layer/diagnose.hpp"
 #include "steelyard/layer/stages.hpp"
 #include "steelyard/layer/unsound.hpp"
@@ -133,8 +133,7 @@ public:
                     if (Status s = this->finish_sum(comm, "layer.forward", workspace, wire_words()); !s) return s;
                 wire = this->behind_head(workspace.wire);
             }
-            config_.balance.conclude(config_.device, seen, state.balance, context.balance, wire,
-                                     workspace.scratch.data);
+            config_.balance.conclude(seen, state.balance, context.balance, wire);
         }
         this->combine_outputs(args, tokens, context, workspace);  // last, so that a failed sum leaves y as it was
         context.call[0].phase = !train     ? CallInfo::Phase::evaluated
@@ -158,11 +157,10 @@ public:
             return s;
         if (Status s = check_summed("layer.conclude", stack, row, wire_words()); !s) return s;
         if (Status s = SumHead::check("layer.conclude", stack.row(row)); !s) return s;
-        const auto workspace = place<Workspace>(workspace_bytes.data(), dims_);
         const auto state = this->place_state(state_bytes);
         Wire<Space> wire = this->behind_head(stack.row(row));
-        config_.balance.conclude(config_.device, this->observation(context, context.call[0].tokens), state.balance,
-                                 context.balance, wire, workspace.scratch.data);
+        config_.balance.conclude(this->observation(context, context.call[0].tokens), state.balance, context.balance,
+                                 wire);
         context.call[0].phase = CallInfo::Phase::ready;
         return {};
     }
@@ -176,12 +174,11 @@ public:
         const index_t count = context.call[0].tokens;
         const auto seen = this->observation(context, count);
         this->backward_experts(args, seen.tokens, context, workspace);
-        const RoutingGrad<T, Space> grad = dims_.routed.grad(workspace.routed, count);
+        const RoutingGrad<gate_t<T>, Space> grad = dims_.routed.grad(workspace.routed, count);
         if constexpr (Types::Routed::has_routing) {
-            for (index_t t = 0; t < count && args.dlogits.present(); ++t)
-                std::copy_n(args.dlogits[t].data, shape().experts, grad.logits[t].data);
+            if (args.dlogits.present()) memory_ops<DeviceT>::copy(config_.device, args.dlogits, grad.logits);
         }
-        config_.balance.gradient(config_.device, seen, context.balance, grad);
+        config_.balance.gradient(config_.device, seen, context.balance, grad, workspace.scratch.data);
         this->backward_routers(args, seen.tokens, context, workspace);
         context.call[0].phase = CallInfo::Phase::spent;
         return {};
@@ -252,7 +249,7 @@ public:
         return concluded ? config_.balance.loss(placed.balance, call.step) : 0.0;
     }
     /// The routing of the call's tokens: experts, weights, probabilities.
-    [[nodiscard]] Routing<T, Space> routing(std::span<std::byte> context) const {
+    [[nodiscard]] Routing<gate_t<T>, Space> routing(std::span<std::byte> context) const {
         const auto placed = place<Context>(context.data(), dims_);
         return dims_.routed.routing(placed.routed, placed.call[0].tokens);
     }

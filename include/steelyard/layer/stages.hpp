@@ -11,6 +11,7 @@
 #include "steelyard/layer/memory.hpp"
 #include "steelyard/ops/balance_ops.hpp"
 #include "steelyard/ops/expert_ops.hpp"
+#include "steelyard/ops/memory_ops.hpp"
 
 namespace steelyard {
 
@@ -19,6 +20,7 @@ template <class Types>
 class LayerStages {
 protected:
     using T = typename Types::T;
+    using Gate = typename Types::Gate;
     using Space = typename Types::Space;
     using Parts = typename Types::Parts;
     using Balance = typename Types::Balance;
@@ -93,7 +95,9 @@ protected:
     Status check_params(std::string_view stage, const typename Types::template Params<const T>& params,
                         PackedFor purpose) const {
         const auto& routed = dims_.routed.config();
-        if (Status s = check_bundle(stage, "params.router", Absent::refused, params.router, routed.router, routed.shape); !s)
+        if (Status s =
+                check_bundle(stage, "params.router", Absent::refused, params.router, routed.router, routed.shape);
+            !s)
             return s;
         // Merged experts are made of the matrices.
         constexpr bool merges = requires { Types::Routed::merges_experts; };
@@ -112,8 +116,10 @@ protected:
         Absent matrices = Absent::refused;
         if constexpr (requires { params.packed; }) {
             if (params.packed.present()) {
-                if (Status s = of.expert.template check_packed<T>(of.device, stage, name, of.shape, params); !s) return s;
-                if (ReadsPacked && of.expert.template packed_serves<T>(of.device, params, purpose)) matrices = Absent::fine;
+                if (Status s = of.expert.template check_packed<T>(of.device, stage, name, of.shape, params); !s)
+                    return s;
+                if (ReadsPacked && of.expert.template packed_serves<T>(of.device, params, purpose))
+                    matrices = Absent::fine;
             }
         }
         return check_bundle(stage, name, matrices, params, of.expert, of.shape);
@@ -192,9 +198,9 @@ protected:
         return observation(context, count).tokens;
     }
 
-    [[nodiscard]] Observation<T, Space> observation(const Context& context, index_t count) const {
+    [[nodiscard]] Observation<Gate, Space> observation(const Context& context, index_t count) const {
         const CallInfo& call = context.call[0];
-        Observation<T, Space> seen;
+        Observation<Gate, Space> seen;
         seen.routing = dims_.routed.routing(context.routed, count);
         if (call.masked) seen.tokens.mask = context.mask.slice(0, count);
         if (call.sequences > 0) seen.tokens.sequences = context.sequences.slice(0, call.sequences + 1);
@@ -216,7 +222,7 @@ protected:
 
     /// Counts into the record and, for a policy that communicates, onto the wire: the stack's row, or the workspace's.
     void count_choices_of(const ForwardArgs& args, const Context& context, const Workspace& workspace,
-                          const State& state, const Observation<T, Space>& seen) const {
+                          const State& state, const Observation<Gate, Space>& seen) const {
         Wire<Space> words;
         if constexpr (Balance::communicates) {
             const auto wire = args.stack != nullptr ? args.stack->row(args.row) : workspace.wire;
@@ -224,7 +230,8 @@ protected:
             SumHead::write(wire, key(seen.tokens.step, false), false);
             words = behind_head(wire);
         }
-        config_.balance.observe(config_.device, seen, state.balance, context.balance, words);
+        config_.balance.observe(config_.device, seen, state.balance, context.balance, workspace.scratch.data);
+        config_.balance.post(seen, state.balance, context.balance, words);
     }
 
     /// Starts the sum of what was counted: at once, or by posting it to the stack.
@@ -255,7 +262,7 @@ protected:
             if (args.stack != nullptr && !check_stack("", *args.stack, args.row, dims_.wire_words())) return refusal;
             const auto workspace = place<Workspace>(args.workspace.data(), dims_);
             if constexpr (Balance::needs_rank_tokens) {
-                Observation<T, Space> nothing;
+                Observation<Gate, Space> nothing;
                 if (!args.tokens_of_rank.present() && !know_rank_tokens(comm, args, workspace, nothing)) return refusal;
             }
             const auto wire = args.stack != nullptr ? args.stack->row(args.row) : workspace.wire;
@@ -269,7 +276,7 @@ protected:
 
     /// Valid tokens of each rank: the caller's word, or a small sum of one-hot vectors.
     Status know_rank_tokens(const typename Types::Comm& comm, const ForwardArgs& args, const Workspace& workspace,
-                            Observation<T, Space>& seen) const {
+                            Observation<Gate, Space>& seen) const {
         const index_t ranks = comm.size();
         seen.rank = comm.rank();
         seen.tokens_of_rank = args.tokens_of_rank;
@@ -319,14 +326,16 @@ protected:
         return {};
     }
 
-    void run_experts(const ForwardArgs& args, const TokenInfo<Space>& tokens, const Context& context,
+    template <class Args>
+    void run_experts(const Args& args, const TokenInfo<Space>& tokens, const Context& context,
                      const Workspace& workspace) const {
         dims_.routed.run(routed_call(args, tokens, workspace), context.routed, workspace.routed);
         if constexpr (Parts::has_shared)
             dims_.shared.run(shared_call(args, tokens, workspace), context.shared, workspace.shared);
     }
 
-    void combine_outputs(const ForwardArgs& args, const TokenInfo<Space>& tokens, const Context& context,
+    template <class Args>
+    void combine_outputs(const Args& args, const TokenInfo<Space>& tokens, const Context& context,
                          const Workspace& workspace) const {
         dims_.routed.combine(routed_call(args, tokens, workspace), context.routed, workspace.routed, args.y,
                              Write::assign);
@@ -336,7 +345,8 @@ protected:
     }
 
     /// dx (=) through the experts, their gradients (+=), and what their routers' decisions are to blame for.
-    void backward_experts(const BackwardArgs& args, const TokenInfo<Space>& tokens, const Context& context,
+    template <class Args>
+    void backward_experts(const Args& args, const TokenInfo<Space>& tokens, const Context& context,
                           const Workspace& workspace) const {
         const index_t count = args.x.extents[0];
         dims_.routed.clear(workspace.routed, count);
@@ -350,18 +360,15 @@ protected:
     }
 
     /// dx (+=), dprior (=) and the routers' gradients (+=).
-    void backward_routers(const BackwardArgs& args, const TokenInfo<Space>& tokens, const Context& context,
+    template <class Args>
+    void backward_routers(const Args& args, const TokenInfo<Space>& tokens, const Context& context,
                           const Workspace& workspace) const {
-        if (args.dprior.present()) clear_rows(args.dprior);
+        if (args.dprior.present()) memory_ops<typename Types::Device>::fill(config_.device, args.dprior, Gate(0));
         dims_.routed.backward_router(routed_call(args, tokens, workspace), context.routed, workspace.routed,
                                      RouterInputGrad<T, Space>{args.dx, args.dprior}, args.grads.router);
         if constexpr (Parts::has_shared)
             dims_.shared.backward_router(shared_call(args, tokens, workspace), context.shared, workspace.shared,
                                          RouterInputGrad<T, Space>{args.dx}, args.grads.shared_router);
-    }
-
-    static void clear_rows(view<T, 2, Space> matrix) {
-        for (index_t t = 0; t < matrix.extents[0]; ++t) std::fill_n(matrix[t].data, matrix.extents[1], T(0));
     }
 
     Config config_;

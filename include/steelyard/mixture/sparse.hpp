@@ -7,6 +7,7 @@
 #include <string>
 
 #include "steelyard/mixture/types.hpp"
+#include "steelyard/ops/memory_ops.hpp"
 #include "steelyard/ops/plan_ops.hpp"
 #include "steelyard/plan/overflow.hpp"
 #include "steelyard/router/concept.hpp"
@@ -21,6 +22,7 @@ namespace steelyard {
 template <class Types>
 class SparseMixture {
     using T = typename Types::T;
+    using Gate = typename Types::Gate;
     using Space = typename Types::Space;
     using RouterT = typename Types::Router;
     using OverflowT = typename Types::Overflow;
@@ -28,6 +30,7 @@ class SparseMixture {
     using Config = typename Types::Config;
     using Call = typename Types::Call;
     using Plans = plan_ops<typename Types::Device>;
+    using Memory = memory_ops<typename Types::Device>;
     static constexpr bool rescales = detail::rescales<OverflowT>();
 
 public:
@@ -52,18 +55,20 @@ public:
 
     [[nodiscard]] index_t scratch_bytes() const {
         const auto& [shape, router, overflow, expert, device] = config_;
+        LayerShape grouped = shape;
+        grouped.tokens = rows();
         index_t bytes = std::max({router.template scratch_bytes<T>(device, shape),
                                   Plans::scratch_bytes(device, shape, static_cast<int>(top_k_)),
-                                  expert.template scratch_bytes<T>(device, shape)});
+                                  expert.template scratch_bytes<T>(device, grouped)});
         if constexpr (OverflowT::drops)
             bytes = std::max(bytes, overflow.template scratch_bytes<T>(device, shape, static_cast<int>(top_k_)));
         return bytes;
     }
 
     struct Context {
-        Routing<T, Space> routing;
-        view<expert_t, 2, Space> admitted;  // [T, K]  choices after drops, where the overflow rule drops
-        view<T, 2, Space> admitted_weight;  // [T, K]  their weights, where it rescales them
+        Routing<Gate, Space> routing;
+        view<expert_t, 2, Space> admitted;     // [T, K]  choices after drops, where the overflow rule drops
+        view<Gate, 2, Space> admitted_weight;  // [T, K]  their weights, where it rescales them
         Plan<Space> plan;
         typename Types::Kept kept;
 
@@ -80,7 +85,7 @@ public:
 
     struct Workspace {
         view<T, 2, Space> rows;  // [N, d]  expert outputs in forward, input gradients in backward
-        RoutingGrad<T, Space> grad;
+        RoutingGrad<Gate, Space> grad;
         typename Types::Work work;
         typename Types::Kept kept;
 
@@ -94,16 +99,16 @@ public:
         }
     };
 
-    [[nodiscard]] Routing<T, Space> routing(const Context& context, index_t tokens) const {
+    [[nodiscard]] Routing<Gate, Space> routing(const Context& context, index_t tokens) const {
         return context.routing.first(tokens);
     }
-    [[nodiscard]] RoutingGrad<T, Space> grad(const Workspace& workspace, index_t tokens) const {
+    [[nodiscard]] RoutingGrad<Gate, Space> grad(const Workspace& workspace, index_t tokens) const {
         return workspace.grad.first(tokens);
     }
     void clear(const Workspace& workspace, index_t tokens) const {
         const auto of = grad(workspace, tokens);
         for (const auto* tensor : {&of.weight, &of.probs, &of.logits, &of.smooth_load})
-            std::fill_n(tensor->data, tensor->size(), T(0));
+            Memory::fill(config_.device, *tensor, Gate(0));
     }
     [[nodiscard]] Plan<Space> plan(const Context& context, index_t tokens) const { return context.plan.first(tokens); }
 
@@ -117,7 +122,7 @@ public:
         auto choices = decided.expert;
         if constexpr (OverflowT::drops) {
             choices = context.admitted.slice(0, call.tokens());
-            std::copy_n(decided.expert.data, decided.expert.size(), choices.data);
+            Memory::copy(config_.device, view<const expert_t, 2, Space>(decided.expert), choices);
             config_.overflow.template admit<T>(config_.device, decided, call.input.tokens, choices, call.scratch);
         }
         if constexpr (rescales)
@@ -154,8 +159,8 @@ public:
                                        call.scratch);
         expert.template backward<T>(device, call.experts, call.input.x, grouped, kept, weight(context, call.tokens()),
                                     dy, workspace.work, workspace.rows,
-                                    Traits::learns ? blame.weight : view<T, 2, Space>{}, grads, call.scratch);
-        Plans::template combine<T>(device, grouped, rows, view<const T, 2, Space>{}, dx, write);
+                                    Traits::learns ? blame.weight : view<Gate, 2, Space>{}, grads, call.scratch);
+        Plans::template combine<T>(device, grouped, rows, view<const Gate, 2, Space>{}, dx, write);
         if constexpr (rescales)
             overflow.template rescale_backward<T>(
                 device, routing(context, call.tokens()),
@@ -173,7 +178,7 @@ private:
     /// Most grouped rows.
     [[nodiscard]] index_t rows() const { return Traits::choice_rows(config_.router, config_.shape); }
     /// What the rows are combined with.
-    [[nodiscard]] view<const T, 2, Space> weight(const Context& context, index_t tokens) const {
+    [[nodiscard]] view<const Gate, 2, Space> weight(const Context& context, index_t tokens) const {
         if constexpr (rescales)
             return context.admitted_weight.slice(0, tokens);
         else

@@ -21,6 +21,7 @@ template <class X>
 template <class Element, class RouterT, class OverflowT, class ExpertT, class DeviceT, bool keep>
 struct MixtureTypes {
     using T = Element;
+    using Gate = gate_t<Element>;
     using Space = typename DeviceT::space;
     using Router = RouterT;
     using Overflow = OverflowT;

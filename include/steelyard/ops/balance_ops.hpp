@@ -16,11 +16,11 @@ template <class T, class Space = HostSpace>
 struct Observation {
     Routing<T, Space> routing;
     TokenInfo<Space> tokens;
-    std::int64_t valid_tokens = 0;                   // of this call, padding left out
+    std::int64_t valid_tokens = 0;  // of this call, padding left out
     std::uint32_t layer = 0;
-    int rank = 0;                                    // of the data group
-    view<const std::int64_t, 1> tokens_of_rank;      // [R] valid tokens of each rank; only for scopes that ask
-    std::int32_t only_id = -1;                       // not below 0: a scope sees the tokens of this id alone
+    int rank = 0;                                // of the data group
+    view<const std::int64_t, 1> tokens_of_rank;  // [R] valid tokens of each rank; only for scopes that ask
+    std::int32_t only_id = -1;                   // not below 0: a scope sees the tokens of this id alone
 
     [[nodiscard]] index_t count() const { return routing.probs.extents[0]; }
     [[nodiscard]] index_t experts() const { return routing.probs.extents[1]; }
@@ -107,20 +107,23 @@ struct TokenDraw {
 /// `observation.counts` take part. Results do not depend on the number of threads;
 /// floating-point sums are taken in double over fixed blocks of tokens.
 ///
+/// Loads, sums and coefficients are the host's: policies do arithmetic on them. A device with memory of its own reaches
+/// them too (pinned), and writes them in the order of its work.
+///
 ///  index_t scratch_bytes(device, shape)
-///  void count<T>(device, observation, load[S, W] (=), tally = Choices{})
+///  void count<T>(device, observation, load[S, W] (=), tally, scratch)
 ///      S = 1: all tokens; otherwise one row for each packed sequence (rows beyond the last are 0).
 ///      `tally`: Choices, FixedSums<Q> or Shortfalls.
-///  void count_drawn<T>(device, observation, draw, load[1, W] (=), tally = Choices{})
+///  void count_drawn<T>(device, observation, draw, load[1, W] (=), tally, scratch)
 ///      Only the tokens of the draw, which is from all valid tokens.
 ///  void sum_quantity<T, Q>(device, observation, sums[S, E] (=), own_tokens[S] (=), scratch)
 ///      sums[s, i] = sum over tokens t of segment s of quantity Q of (t, i); own_tokens[s]: how many those are.
-///  void add_quantity_gradient<T, Q>(device, observation, coefficients[S, E], factor, grad (+=))
+///  void add_quantity_gradient<T, Q>(device, observation, coefficients[S, E], factor, grad (+=), scratch)
 ///      The gradient of sum_t sum_i factor * coefficients[segment of t, i] * Q(t, i), into grad.probs, grad.weight of
 ///      the chosen, or grad.smooth_load.
-///  double sum_tokens<T>(device, observation, objective, scratch)
+///  void sum_tokens<T>(device, observation, objective, sum[1] (=), scratch)
 ///      Sum over tokens of objective.loss(logits row).
-///  void add_token_gradient<T>(device, observation, objective, factor, dlogits[T, E] (+=))
+///  void add_token_gradient<T>(device, observation, objective, factor, dlogits[T, E] (+=), scratch)
 ///      objective.gradient(logits row, factor, dlogits row) for each token.
 ///
 /// Objectives that take a `RowMath` as last argument (balance/objective.hpp) may be given the device's own.

@@ -28,7 +28,7 @@ concept Device = std::copyable<D> && requires(const D& device, const LayerShape&
     { device.check() } -> std::same_as<Status>;
     { router_ops<D>::template scratch_bytes<float>(device, shape) } -> std::same_as<index_t>;
     { plan_ops<D>::scratch_bytes(device, shape, int{}) } -> std::same_as<index_t>;
-    { expert_ops<D>::template scratch_bytes<float>(device, index_t{}, index_t{}) } -> std::same_as<index_t>;
+    { expert_ops<D>::template scratch_bytes<float>(device, index_t{}, index_t{}, index_t{}) } -> std::same_as<index_t>;
     { balance_ops<D>::scratch_bytes(device, shape) } -> std::same_as<index_t>;
 };
 

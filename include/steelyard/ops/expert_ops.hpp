@@ -63,8 +63,8 @@ struct FfnFunction {
 /// Sizes of a weight: 4 (float), 2 and 1.02 bytes.
 enum class PackedFormat { full, bf16, int8 };
 
-/// What a packed copy is made for: forward alone, or backward too, which reads the matrices in another order and takes as
-/// much memory again.
+/// What a packed copy is made for: forward alone, or backward too, which reads the matrices in another order and takes
+/// as much memory again.
 enum class PackedFor { inference, training };
 
 /// Weights of feed-forward experts: down(a(up x + b_up)) + b_down, or, where `gate` is present,
@@ -145,8 +145,8 @@ struct BlendWeights {
 /// without rows computes nothing and gets exactly no gradient). The plan may begin above row 0: rows below
 /// `offsets[0]` belong to others and are neither read nor written.
 ///
-///  index_t scratch_bytes<T>(device, width, hidden)
-///      bytes of `scratch` that the ffn calls need, aligned to `layout_alignment`.
+///  index_t scratch_bytes<T>(device, rows, width, hidden)
+///      bytes of `scratch` that the ffn calls need for at most so many grouped rows, aligned to `layout_alignment`.
 ///  void ffn_forward<T>(device, function, weights, x[T,d], plan, kept (=), rows[N,d] (=) or absent, scratch)
 ///      Gathers the rows of each expert from x through the plan; writes the pre-activations to `kept`, and, where
 ///      `rows` is present, each row's output (without its combine weight).

@@ -80,7 +80,7 @@ void run(const D& device, const Sizes& n, const Trial<T>& t) {
     const SelectionRule rule{.top_k = static_cast<int>(n.top_k)};
     const Bytes scratch(std::max({router_ops<D>::template scratch_bytes<T>(device, shape),
                                   plan_ops<D>::scratch_bytes(device, shape, rule.top_k),
-                                  expert_ops<D>::template scratch_bytes<T>(device, n.width, n.hidden),
+                                  expert_ops<D>::template scratch_bytes<T>(device, n.tokens * n.top_k, n.width, n.hidden),
                                   balance_ops<D>::scratch_bytes(device, shape)}));
     const view<const T, 2> x = t.x, dy = t.dy, router = t.router, rows = t.rows, drows = t.drows;
     const view<const T, 2> weight = t.routing.weight, dlogits = t.grad.logits, none;

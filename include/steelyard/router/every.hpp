@@ -36,15 +36,15 @@ struct Every {
 
     template <class T, class Device, class Space = typename Device::space>
     Status route(const Device& device, const Params<const T, Space>&, const RouterInput<T, Space>& input,
-                 const Routing<T, Space>& routing, std::byte*) const {
-        router_ops<Device>::template take_all<T>(device, input.tokens.mask, routing);
+                 const Routing<gate_t<T>, Space>& routing, std::byte*) const {
+        router_ops<Device>::template take_all<gate_t<T>>(device, input.tokens.mask, routing);
         return {};
     }
 
     template <class T, class Device, class Space = typename Device::space>
-    void backward(const Device&, const Params<const T, Space>&, const RouterInput<T, Space>&, const Routing<T, Space>&,
-                  const RoutingGrad<T, Space>&, const RouterInputGrad<T, Space>&, const Params<T, Space>&,
-                  std::byte*) const {}
+    void backward(const Device&, const Params<const T, Space>&, const RouterInput<T, Space>&,
+                  const Routing<gate_t<T>, Space>&, const RoutingGrad<gate_t<T>, Space>&,
+                  const RouterInputGrad<T, Space>&, const Params<T, Space>&, std::byte*) const {}
 
     friend bool operator==(const Every&, const Every&) = default;
 };

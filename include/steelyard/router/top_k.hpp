@@ -138,13 +138,13 @@ struct TopK {
     /// Writes the routing (=) of the tokens of x. See contract 5 to 8 of Router.
     template <class T, class Device>
     Status route(const Device& device, const Params<const T, typename Device::space>& params,
-                 const RouterInput<T, typename Device::space>& input, const Routing<T, typename Device::space>& routing,
-                 std::byte* scratch) const {
+                 const RouterInput<T, typename Device::space>& input,
+                 const Routing<gate_t<T>, typename Device::space>& routing, std::byte* scratch) const {
         using ops = router_ops<Device>;
         ops::template logits<T>(device, input.x, params.weight, noise_of(input), routing.logits, scratch);
         if (bias) ops::template add_bias<T>(device, params.bias, routing.logits);
         const index_t bad =
-            ops::template select<T>(device, rule(), input.selection_bias, input.tokens.mask, routing, scratch);
+            ops::template select<gate_t<T>>(device, rule(), input.selection_bias, input.tokens.mask, routing, scratch);
         return bad < 0 ? Status{} : refuse_logits(routing.logits, bad);
     }
 
@@ -152,11 +152,12 @@ struct TopK {
     template <class T, class Device>
     void backward(const Device& device, const Params<const T, typename Device::space>& params,
                   const RouterInput<T, typename Device::space>& input,
-                  const Routing<T, typename Device::space>& routing, const RoutingGrad<T, typename Device::space>& grad,
+                  const Routing<gate_t<T>, typename Device::space>& routing,
+                  const RoutingGrad<gate_t<T>, typename Device::space>& grad,
                   const RouterInputGrad<T, typename Device::space>& dinput,
                   const Params<T, typename Device::space>& grads, std::byte* scratch) const {
         using ops = router_ops<Device>;
-        ops::template select_backward<T>(device, rule(), input.tokens.mask, routing, grad);
+        ops::template select_backward<gate_t<T>>(device, rule(), input.tokens.mask, routing, grad);
         ops::template logits_backward<T>(device, input.x, input.tokens.mask, params.weight, noise_of(input),
                                          grad.logits, dinput.x, grads.weight, scratch);
         if (bias && grads.bias.present()) ops::template bias_backward<T>(device, grad.logits, grads.bias);

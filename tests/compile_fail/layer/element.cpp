@@ -1,4 +1,4 @@
-// expect: steelyard: the element type of a layer is float or double
+// expect: steelyard: the element type of a layer is float or double on the CPU
 // errors: 1
 #include "steelyard/expert/swiglu.hpp"
 #include "steelyard/layer/moe.hpp"

@@ -31,7 +31,7 @@ __device__ inline const char* swizzled(const char* box, int row, int chunk) {
     return box + row * 128 + ((chunk ^ row % 8) << 4);
 }
 /// Of a box that was brought: this warp's 16 rows, from `row` on. Pair 2 j + i of a lane is row lane / 4 + 8 i, columns
-/// 8 j + 2 (lane % 4) and the next: the order of hopper::multiply_256.
+/// 8 j + 2 (lane % 4) and the next: the order of hopper::multiply.
 __device__ inline void read_box(const char* box, int row, int lane, std::uint32_t (&pairs)[16]) {
 #pragma unroll
     for (int p = 0; p < 16; ++p)
@@ -85,12 +85,13 @@ __device__ void store_rows(const std::uint32_t (&pairs)[16], const Steps& steps,
 
 /// For a finish that reads nothing.
 struct NothingExtra {
+    template <class Block>
     static constexpr int extra_steps = 0;
-    template <int multipliers>
+    template <class Block>
     static constexpr int extra_bytes() {
         return 0;
     }
-    template <int multipliers, class Tile>
+    template <class Block, class Tile>
     __device__ static void bring(const ProductMaps&, const Tile&, int, std::uint32_t, std::uint32_t) {}
 };
 
@@ -104,8 +105,10 @@ struct FinishHidden : detail::NothingExtra {
     int width = 0;            // h
 
     template <class Steps>
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], const Steps& steps) const {
-        constexpr int tile_columns = gated ? 128 : 256, half = gated ? 64 : 0;
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[Steps::Block::sums],
+                               const Steps& steps) const {
+        using Block = typename Steps::Block;
+        constexpr int tile_columns = gated ? Block::columns / 2 : Block::columns, half = gated ? Block::sums / 2 : 0;
         if (tile.rows <= 0) return;
 #pragma unroll
         for (int c = 0; c < tile_columns / 64; ++c) {
@@ -127,18 +130,19 @@ struct FinishHidden : detail::NothingExtra {
 #pragma unroll
             for (int p = 0; p < 16; ++p) {
                 const int i = 32 * c + 2 * p;
-                pairs[p] = detail::pack_bf16(value(d, i), value(d, i + 1));
+                pairs[p] = detail::pack_bf16(value<half>(d, i), value<half>(d, i + 1));
             }
             detail::store_rows(pairs, steps, 2, inner, tile, column, width);
         }
     }
 
 private:
-    __device__ float value(const float (&d)[128], int i) const {
+    template <int half, int sums>
+    __device__ float value(const float (&d)[sums], int i) const {
         if constexpr (swiglu)
-            return swiglu_point(d[i], d[i + 64]).a;
+            return swiglu_point(d[i], d[i + half]).a;
         else if constexpr (gated)
-            return point_of(function, d[i], d[i + 64]).a;
+            return point_of(function, d[i], d[i + half]).a;
         else
             return point_of(function, 0.0f, d[i]).a;
     }
@@ -150,11 +154,13 @@ struct FinishRows : detail::NothingExtra {
     int width = 0;
 
     template <class Steps>
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128], const Steps& steps) const {
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[Steps::Block::sums],
+                               const Steps& steps) const {
+        using Block = typename Steps::Block;
         if (tile.rows <= 0) return;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int column = tile.n * 256 + 64 * c;
+        for (int c = 0; c < Block::columns / 64; ++c) {
+            const int column = tile.n * Block::columns + 64 * c;
             if (column >= width) break;
             std::uint32_t pairs[16];
 #pragma unroll
@@ -179,23 +185,25 @@ struct FinishHiddenGradient {
     int width;  // h
 
     /// What forward kept, 64 columns at a time: of the gate, where there is one, and behind it of `up`.
-    static constexpr int extra_steps = 4;
-    template <int multipliers>
+    template <class Block>
+    static constexpr int extra_steps = Block::columns / 64;
+    template <class Block>
     static constexpr int extra_bytes() {
-        return (gated ? 2 : 1) * ProductBlock<multipliers>::rows * 128;
+        return (gated ? 2 : 1) * Block::rows * 128;
     }
-    template <int multipliers, class Tile>
+    template <class Block, class Tile>
     __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
                                  std::uint32_t full) {
-        constexpr int rows = ProductBlock<multipliers>::rows;
-        const int column = tile.n * 256 + 64 * step, row = static_cast<int>(tile.first_row) + tile.m * rows;
+        constexpr int rows = Block::rows;
+        const int column = tile.n * Block::columns + 64 * step, row = static_cast<int>(tile.first_row) + tile.m * rows;
         if (gated) hopper::copy_box(to, maps.extra[0], full, column, row);
         hopper::copy_box(to + (gated ? rows * 128 : 0), maps.extra[1], full, column, row);
     }
 
-    template <int multipliers>
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128],
-                               const FinishSteps<multipliers>& steps) const {
+    template <class Steps>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[Steps::Block::sums],
+                               const Steps& steps) const {
+        using Block = typename Steps::Block;
         const int lane = steps.lane;
         float factor[2] = {1.0f, 1.0f}, part[2] = {0.0f, 0.0f};
         for (int i = 0; i < 2; ++i) {
@@ -205,12 +213,12 @@ struct FinishHiddenGradient {
             factor[i] = weight[top_k.quotient(which) * weight_stride + top_k.remainder(which)];
         }
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int column = tile.n * 256 + 64 * c;
+        for (int c = 0; c < Block::columns / 64; ++c) {
+            const int column = tile.n * Block::columns + 64 * c;
             const char* const box = steps.take();
             std::uint32_t of_gate[16], of_up[16], of_inner[16];
             if constexpr (gated) detail::read_box(box, tile.in_tile, lane, of_gate);
-            detail::read_box(box + (gated ? ProductBlock<multipliers>::rows * 128 : 0), tile.in_tile, lane, of_up);
+            detail::read_box(box + (gated ? Block::rows * 128 : 0), tile.in_tile, lane, of_up);
             steps.give();
             if (column >= width || tile.rows <= 0) continue;
 #pragma unroll
@@ -250,29 +258,31 @@ private:
 /// `extra` of each are the same tensor.
 struct FinishAdd {
     /// What is added to: 128 columns at a time, in two boxes.
-    static constexpr int extra_steps = 2;
-    template <int multipliers>
+    template <class Block>
+    static constexpr int extra_steps = Block::columns / 128;
+    template <class Block>
     static constexpr int extra_bytes() {
-        return 2 * ProductBlock<multipliers>::rows * 128;
+        return 2 * Block::rows * 128;
     }
-    template <int multipliers, class Tile>
+    template <class Block, class Tile>
     __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
                                  std::uint32_t full) {
-        constexpr int rows = ProductBlock<multipliers>::rows;
+        constexpr int rows = Block::rows;
         for (int box = 0; box < 2; ++box)
-            hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full, tile.n * 256 + 128 * step + 64 * box,
+            hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full, tile.n * Block::columns + 128 * step + 64 * box,
                              tile.m * rows, tile.expert);
     }
 
-    template <int multipliers>
-    __device__ void operator()(const FinishedTile& tile, const float (&d)[128],
-                               const FinishSteps<multipliers>& steps) const {
+    template <class Steps>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[Steps::Block::sums],
+                               const Steps& steps) const {
+        using Block = typename Steps::Block;
         const char* box = nullptr;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < Block::columns / 64; ++c) {
             if (c % 2 == 0) box = steps.take();
             std::uint32_t pairs[16];
-            detail::read_box(box + c % 2 * ProductBlock<multipliers>::rows * 128, tile.in_tile, steps.lane, pairs);
+            detail::read_box(box + c % 2 * Block::rows * 128, tile.in_tile, steps.lane, pairs);
             if (c % 2 == 1) steps.give();
 #pragma unroll
             for (int p = 0; p < 16; ++p) {
@@ -282,7 +292,7 @@ struct FinishAdd {
             const std::uint32_t at = detail::lay_out(pairs, steps);
             if (steps.lane != 0) continue;
             // What lies outside the matrix is not written.
-            hopper::store_box(steps.maps.out[tile.matrix], at, tile.n * 256 + 64 * c, tile.m, tile.expert);
+            hopper::store_box(steps.maps.out[tile.matrix], at, tile.n * Block::columns + 64 * c, tile.m, tile.expert);
             hopper::close_stores();
         }
     }

@@ -43,7 +43,7 @@ struct GroupedProduct {
     int token_width = 0;
     int segments = 1;  ///< a_0 b_0 + a_1 b_1
     int k_steps = 0;   ///< of 64 in each segment, where k is not over rows
-    int n_step = 256;  ///< columns of b from one tile to the next; 128 where half a tile is of each of two weights
+    bool halved = false;     ///< half of a tile's columns are of each of two weights
     int m_tiles_of_one = 0;  ///< results that rows are summed into: tiles of rows of the first of two
 };
 
@@ -58,13 +58,14 @@ struct FinishedTile {
     int matrix = 0;   ///< which of two results
 };
 
-/// Sizes of a block: `multipliers` warpgroups that each multiply 64 rows by 256 columns, and one that loads.
-template <int multipliers>
+/// Sizes of a block: `multiplying` warpgroups that each multiply 64 rows by `width` columns, and one that loads.
+template <int multiplying, int width>
 struct ProductBlock {
-    static constexpr int threads = 128 * (multipliers + 1);
-    static constexpr int rows = 64 * multipliers, columns = 256, depth = 64;
+    static constexpr int multipliers = multiplying, threads = 128 * (multipliers + 1);
+    static constexpr int rows = 64 * multipliers, columns = width, depth = 64;
+    static constexpr int sums = columns / 2;  // of a thread
     static constexpr int a_bytes = rows * depth * 2, b_bytes = columns * depth * 2, stage_bytes = a_bytes + b_bytes;
-    static constexpr int stages = multipliers == 2 ? 4 : 5;
+    static constexpr int stages = (200 << 10) / stage_bytes;
     static constexpr int chunk_bytes = 2 * 16 * 128;  // a warp's, on the way to global memory
     static constexpr int turned_block = 64 * 128;     // 64 k of 64 m or n
     /// Gathered copies have this many steps to come before their thread waits for them.
@@ -78,9 +79,8 @@ struct ProductBlock {
 namespace detail {
 
 /// Where a block's parts lie in shared memory.
-template <int multipliers>
+template <class Block>
 struct ProductShared {
-    using Block = ProductBlock<multipliers>;
     char* base;  // a multiple of 1,024
     __device__ std::uint32_t a(int stage) const { return hopper::shared_address(base) + stage * Block::stage_bytes; }
     __device__ std::uint32_t b(int stage) const { return a(stage) + Block::a_bytes; }
@@ -88,10 +88,10 @@ struct ProductShared {
         return base + Block::stages * Block::stage_bytes + warp * Block::chunk_bytes;
     }
     __device__ std::uint32_t full(int stage) const {
-        return hopper::shared_address(chunk(4 * multipliers)) + 8 * stage;
+        return hopper::shared_address(chunk(4 * Block::multipliers)) + 8 * stage;
     }
     __device__ std::uint32_t empty(int stage) const { return full(Block::stages + stage); }
-    __device__ int* first() const { return reinterpret_cast<int*>(chunk(4 * multipliers) + 16 * Block::stages); }
+    __device__ int* first() const { return reinterpret_cast<int*>(chunk(4 * Block::multipliers) + 16 * Block::stages); }
 };
 
 /// first [E + 1] (=): the running sum of the experts' tiles, by all threads of the block. Counts are read together,
@@ -118,7 +118,7 @@ __device__ inline void count_tiles(const GroupedProduct& of, int* first) {
 }
 
 /// One tile as loaders and multipliers see it.
-template <int multipliers, bool over_rows>
+template <bool over_rows>
 struct ProductTile {
     int expert, m, n, matrix, steps;
     index_t first_row;  // of the expert

@@ -8,16 +8,15 @@
 namespace steelyard::cuda::detail {
 
 /// The loading warpgroup.
-template <Bring a, Bring b, int multipliers, class Finish>
+template <Bring a, Bring b, class Block, class Finish>
 struct ProductLoader {
-    using Block = ProductBlock<multipliers>;
     static constexpr bool gathers = is_gathered(a) || is_gathered(b), over_rows = is_turned(a);
     static constexpr int copied_bytes = (is_gathered(a) ? 0 : Block::a_bytes) + (is_gathered(b) ? 0 : Block::b_bytes);
-    using Tile = ProductTile<multipliers, over_rows>;
+    using Tile = ProductTile<over_rows>;
 
     const ProductMaps& maps;
     const GroupedProduct& of;
-    ProductShared<multipliers> shared;
+    ProductShared<Block> shared;
     int thread;      // 0 to 127
     int issued = 0;  // steps
 
@@ -39,11 +38,11 @@ struct ProductLoader {
                     copy_boxes(tile, step, free_stage());
                     ++issued;
                 }
-            for (int step = 0; step < Finish::extra_steps; ++step) {
+            for (int step = 0; step < Finish::template extra_steps<Block>; ++step) {
                 const int stage = free_stage();
                 if (thread == 0) {
-                    hopper::arrive_expecting(shared.full(stage), Finish::template extra_bytes<multipliers>());
-                    Finish::template bring<multipliers>(maps, tile, step, shared.a(stage), shared.full(stage));
+                    hopper::arrive_expecting(shared.full(stage), Finish::template extra_bytes<Block>());
+                    Finish::template bring<Block>(maps, tile, step, shared.a(stage), shared.full(stage));
                 }
                 close_step();
             }
@@ -78,21 +77,22 @@ struct ProductLoader {
         const int row = static_cast<int>(tile.first_row);
         if constexpr (a == Bring::rows) hopper::copy_box(to_a, maps.a[segment], full, k, row + tile.m * Block::rows);
         if constexpr (a == Bring::rows_turned)
-            for (int i = 0; i < multipliers; ++i)
+            for (int i = 0; i < Block::multipliers; ++i)
                 hopper::copy_box(to_a + i * Block::turned_block, maps.a[tile.matrix], full,
                                  tile.m * Block::rows + 64 * i, row + k);
         if constexpr (b == Bring::weights) {
-            const int n = tile.n * of.n_step, second = of.n_step == 256 ? 128 : 0;
+            constexpr int half = Block::columns / 2;
+            const int n = tile.n * (of.halved ? half : Block::columns), second = of.halved ? 0 : half;
             hopper::copy_box(to_b, maps.b[0], full, k, n, tile.expert);
             hopper::copy_box(to_b + Block::b_bytes / 2, maps.b[1], full, k, n + second, tile.expert);
         }
         if constexpr (b == Bring::weights_turned)
-            for (int i = 0; i < 4; ++i)
-                hopper::copy_box(to_b + i * Block::turned_block, maps.b[segment], full, tile.n * 256 + 64 * i, k,
+            for (int i = 0; i < Block::columns / 64; ++i)
+                hopper::copy_box(to_b + i * Block::turned_block, maps.b[segment], full, tile.n * Block::columns + 64 * i, k,
                                  tile.expert);
         if constexpr (b == Bring::rows_turned)
-            for (int i = 0; i < 4; ++i)
-                hopper::copy_box(to_b + i * Block::turned_block, maps.b[0], full, tile.n * 256 + 64 * i, row + k);
+            for (int i = 0; i < Block::columns / 64; ++i)
+                hopper::copy_box(to_b + i * Block::turned_block, maps.b[0], full, tile.n * Block::columns + 64 * i, row + k);
     }
 
     /// All steps of a tile whose rows are tokens', k along them.
@@ -122,8 +122,8 @@ struct ProductLoader {
 
     /// All steps of a tile whose k are tokens. Rows behind the expert's last become 0.
     __device__ void load_gathered_turned(const Tile& tile) {
-        constexpr int blocks = is_gathered(a) ? multipliers : 4;
-        const int column = (is_gathered(a) ? tile.m * Block::rows : tile.n * 256) + thread % 8 * 8;
+        constexpr int blocks = is_gathered(a) ? Block::multipliers : Block::columns / 64;
+        const int column = (is_gathered(a) ? tile.m * Block::rows : tile.n * Block::columns) + thread % 8 * 8;
         // This thread's rows, counted from its first; `last` is -1 or less where it has none.
         const int last = tile.rows - 1 - thread / 8;
         const std::int32_t* const choice = of.choice + tile.first_row + (last < 0 ? last : 0) + thread / 8;

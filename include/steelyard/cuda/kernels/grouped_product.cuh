@@ -10,25 +10,25 @@ namespace steelyard::cuda {
 namespace detail {
 
 /// Rows of the expert behind the last k, which a copy of grouped rows brought along, become 0.
-template <Bring a, Bring b, int multipliers>
-__device__ void clear_tail(const ProductShared<multipliers>& shared, int stage, int valid, int thread) {
-    using Block = ProductBlock<multipliers>;
-    constexpr int blocks = a == Bring::rows_turned ? multipliers : 4;
+template <Bring a, Bring b, class Block>
+__device__ void clear_tail(const ProductShared<Block>& shared, int stage, int valid, int thread) {
+    constexpr int blocks = a == Bring::rows_turned ? Block::multipliers : Block::columns / 64;
     char* const at = shared.base + stage * Block::stage_bytes + (a == Bring::rows_turned ? 0 : Block::a_bytes);
     const int chunks = (Block::depth - valid) * 8;
-    for (int i = thread; i < blocks * chunks; i += 128 * multipliers)
+    for (int i = thread; i < blocks * chunks; i += 128 * Block::multipliers)
         *reinterpret_cast<uint4*>(at + i / chunks * Block::turned_block + valid * 128 + i % chunks * 16) = uint4{};
     hopper::publish_shared();
-    hopper::sync_threads_of(1, 128 * multipliers);
+    hopper::sync_threads_of(1, 128 * Block::multipliers);
 }
 
 }  // namespace detail
 
 /// What a multiplying warp finishes its tile with: steps behind those of k that bring what the finish reads, and room
 /// of its own on the way out.
-template <int multipliers>
+template <class BlockT>
 struct FinishSteps {
-    detail::ProductShared<multipliers> shared;
+    using Block = BlockT;
+    detail::ProductShared<Block> shared;
     const ProductMaps& maps;
     int& step;
     int& stores;          // of this warp so far
@@ -37,39 +37,38 @@ struct FinishSteps {
 
     /// The memory of the next step, which has come.
     __device__ const char* take() const {
-        const int stage = step % ProductBlock<multipliers>::stages;
-        hopper::wait(shared.full(stage), step / ProductBlock<multipliers>::stages % 2);
-        return shared.base + stage * ProductBlock<multipliers>::stage_bytes;
+        const int stage = step % Block::stages;
+        hopper::wait(shared.full(stage), step / Block::stages % 2);
+        return shared.base + stage * Block::stage_bytes;
     }
     /// This warp has read it.
     __device__ void give() const {
         __syncwarp();
-        if (lane == 0) hopper::arrive(shared.empty(step % ProductBlock<multipliers>::stages));
+        if (lane == 0) hopper::arrive(shared.empty(step % Block::stages));
         ++step;
     }
 };
 
 /// For every tile of every expert: d = sum over k of a b, then finish(tile, d, steps). Persistent blocks, one for each
-/// multiprocessor, of ProductBlock<multipliers>. `finish` is told which 16 rows of the tile its warp holds (see
-/// hopper::multiply_256). Sums run in ascending k; every tile is one block's, so that results have the same bits from
+/// multiprocessor, of Block. `finish` is told which 16 rows of the tile its warp holds (see
+/// hopper::multiply). Sums run in ascending k; every tile is one block's, so that results have the same bits from
 /// run to run.
 ///
 /// A Finish may read a part of some tensor for each tile: `extra_steps` times, `bring` copies `extra_bytes` into the
 /// memory of a step, long before the warps `take()` it. Every warp must take and give each of these steps.
-template <Bring a, Bring b, int multipliers, class Finish>
-__global__ void __launch_bounds__(ProductBlock<multipliers>::threads, 1)
+template <Bring a, Bring b, class Block, class Finish>
+__global__ void __launch_bounds__(Block::threads, 1)
     grouped_product(const __grid_constant__ ProductMaps maps, const __grid_constant__ GroupedProduct of,
                     const __grid_constant__ Finish finish) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    using Block = ProductBlock<multipliers>;
-    using Loader = detail::ProductLoader<a, b, multipliers, Finish>;
+    using Loader = detail::ProductLoader<a, b, Block, Finish>;
     extern __shared__ __align__(1024) char raw[];
-    const detail::ProductShared<multipliers> shared{raw};
+    const detail::ProductShared<Block> shared{raw};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Block::stages; ++stage) {
             hopper::init_barrier(shared.full(stage), Loader::gathers ? 129 : 1);
-            hopper::init_barrier(shared.empty(stage), 4 * multipliers);
+            hopper::init_barrier(shared.empty(stage), 4 * Block::multipliers);
         }
         hopper::publish_barriers();
     }
@@ -77,16 +76,16 @@ __global__ void __launch_bounds__(ProductBlock<multipliers>::threads, 1)
     const int total = shared.first()[of.experts];
 
     if (warp < 4) {
-        if constexpr (multipliers == 2) hopper::give_registers<56>();
+        if constexpr (Block::multipliers == 2) hopper::give_registers<56>();
         if (Loader::gathers || threadIdx.x == 0) {
             Loader loader{maps, of, shared, static_cast<int>(threadIdx.x)};
             loader.run(total);
         }
     } else {
-        if constexpr (multipliers == 2) hopper::take_registers<224>();
+        if constexpr (Block::multipliers == 2) hopper::take_registers<224>();
         const int own = warp / 4 - 1;  // which 64 rows
         constexpr bool a_by_k = !is_turned(a), b_by_k = !is_turned(b);
-        float d[128];
+        float d[Block::sums];
         TileWalk walk{shared.first()};
         int step_of_all = 0, stores = 0;
         for (int index = blockIdx.x; index < total; index += gridDim.x) {
@@ -97,14 +96,14 @@ __global__ void __launch_bounds__(ProductBlock<multipliers>::threads, 1)
                 hopper::wait(shared.full(stage), step_of_all / Block::stages % 2);
                 if constexpr (Loader::over_rows)
                     if (tile.rows < (step + 1) * Block::depth)
-                        detail::clear_tail<a, b, multipliers>(shared, stage, tile.rows - step * Block::depth,
+                        detail::clear_tail<a, b>(shared, stage, tile.rows - step * Block::depth,
                                                               threadIdx.x - 128);
                 const std::uint64_t at_a = hopper::matrix_at(shared.a(stage) + own * 64 * 128, Block::turned_block);
                 const std::uint64_t at_b = hopper::matrix_at(shared.b(stage), Block::turned_block);
                 hopper::begin_products();
 #pragma unroll
                 for (int j = 0; j < Block::depth / 16; ++j)
-                    hopper::multiply_256<a_by_k, b_by_k>(d, at_a + j * (a_by_k ? 2 : 128),
+                    hopper::multiply<a_by_k, b_by_k>(d, at_a + j * (a_by_k ? 2 : 128),
                                                          at_b + j * (b_by_k ? 2 : 128), step > 0 || j > 0);
                 hopper::close_products();
                 hopper::wait_products<1>();
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(ProductBlock<multipliers>::threads, 1)
                 FinishedTile{tile.expert, tile.first_row + m + row,
                              Loader::over_rows ? 16 : min(16, tile.rows - m - row), m + row, row, tile.n, tile.matrix},
                 d,
-                FinishSteps<multipliers>{shared, maps, step_of_all, stores,
+                FinishSteps<Block>{shared, maps, step_of_all, stores,
                                          hopper::shared_address(shared.chunk(warp - 4)), lane});
         }
         hopper::wait_stores_read<0>();

@@ -141,16 +141,17 @@ __device__ inline void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 }
 /// Keeps the compiler from moving reads of the sums before the wait.
-__device__ inline void settle(float (&d)[128]) {
+template <int count>
+__device__ void settle(float (&d)[count]) {
 #pragma unroll
-    for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-/// d [64, 256] (= or +=) a [64, 16] b [16, 256]. Thread t of the warpgroup holds, in d[4 j + 2 i + s], the element of
+/// d [64, n] (= or +=) a [64, 16] b [16, n], n = 256 or 128. Thread t of the warpgroup holds, in d[4 j + 2 i + s], the element of
 /// row 16 (t / 32) + 8 i + t % 32 / 4 and column 8 j + 2 (t % 4) + s.
 /// `a_by_k`, `b_by_k`: 16 k of one row of a, one column of b lie side by side.
 template <bool a_by_k, bool b_by_k>
-__device__ inline void multiply_256(float (&d)[128], std::uint64_t a, std::uint64_t b, bool add) {
+__device__ inline void multiply(float (&d)[128], std::uint64_t a, std::uint64_t b, bool add) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -191,6 +192,34 @@ __device__ inline void multiply_256(float (&d)[128], std::uint64_t a, std::uint6
           "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]),
           "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),
           "+f"(d[126]), "+f"(d[127])
+        : "l"(a), "l"(b), "r"(add ? 1 : 0), "n"(a_by_k ? 0 : 1), "n"(b_by_k ? 0 : 1));
+}
+
+template <bool a_by_k, bool b_by_k>
+__device__ inline void multiply(float (&d)[64], std::uint64_t a, std::uint64_t b, bool add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, "
+        " %8, %9, %10, %11, %12, %13, %14, %15, "
+        " %16, %17, %18, %19, %20, %21, %22, %23, "
+        " %24, %25, %26, %27, %28, %29, %30, %31, "
+        " %32, %33, %34, %35, %36, %37, %38, %39, "
+        " %40, %41, %42, %43, %44, %45, %46, %47, "
+        " %48, %49, %50, %51, %52, %53, %54, %55, "
+        " %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p, 1, 1, %67, %68;\n"
+        "}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
         : "l"(a), "l"(b), "r"(add ? 1 : 0), "n"(a_by_k ? 0 : 1), "n"(b_by_k ? 0 : 1));
 }
 

@@ -103,7 +103,7 @@ struct FixedValue {
         if constexpr (Q == Quantity::gates) {
             for (int k = 0; k < seen.top_k; ++k)
                 if (const expert_t e = seen.expert(t, k); e >= 0)
-                    add(e, FixedPoint::from(static_cast<double>(seen.weight(t, k))));
+                    add(e, FixedPoint::from_small(within(static_cast<double>(seen.weight(t, k)))));
         } else {
             const auto& from = Q == Quantity::probs ? seen.probs : seen.smooth_load;
             int e = static_cast<int>(threadIdx.x) % seen.experts;  // each from elsewhere: they add to different words
@@ -112,6 +112,13 @@ struct FixedValue {
                 e = e + 1 < seen.experts ? e + 1 : 0;
             }
         }
+    }
+
+private:
+    /// FixedPoint::from's clamp; std::clamp would take references, to constants that lie in the host's memory.
+    __device__ static double within(double value) {
+        constexpr double largest = FixedPoint::largest;
+        return value < -largest ? -largest : value > largest ? largest : value;
     }
 };
 

@@ -1,0 +1,134 @@
+// A layer on the GPU with all its memory, for the benchmark.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "gpu/timer.hpp"
+#include "steelyard/cuda.hpp"
+#include "steelyard/steelyard.hpp"
+
+namespace bench {
+
+using steelyard::bf16;
+using steelyard::Cuda;
+using steelyard::CudaBytes;
+using steelyard::CudaSpace;
+using steelyard::index_t;
+using steelyard::view;
+
+/// A layer of a published model or a point of a grid, and how many tokens it is given.
+struct Case {
+    std::string name;
+    index_t tokens, width, hidden, experts;
+    int top_k;
+    bool zipf = false;  // choices by 1 / rank rather than alike
+
+    [[nodiscard]] double forward_flops() const {
+        return 6.0 * static_cast<double>(tokens) * top_k * static_cast<double>(width) * static_cast<double>(hidden);
+    }
+};
+
+/// Tokens come in `turns` sets of their own, one call after the other: few tokens would else find their experts'
+/// weights in the cache.
+template <class BalanceT>
+class TimedLayer {
+public:
+    using Layer = steelyard::MoE<bf16, steelyard::TopK, steelyard::SwiGlu, BalanceT, steelyard::SelfComm,
+                                 steelyard::Dropless, steelyard::KeepActivations, Cuda>;
+
+    TimedLayer(const Case& of, const Cuda& device, const BalanceT& balance = {})
+        : case_(of),
+          turns_(of.tokens <= 512 ? 8 : 2),
+          layer_({.shape = {.tokens = of.tokens, .width = of.width, .experts = of.experts},
+                  .router = {.k = of.top_k, .bias = true},
+                  .expert = {.hidden = of.hidden},
+                  .balance = balance,
+                  .device = device}),
+          params_(layer_.param_bytes()),
+          grads_(layer_.param_bytes()),
+          state_(layer_.state_bytes(), CudaBytes::Where::pinned),
+          context_host_(layer_.context_bytes().host, CudaBytes::Where::pinned),
+          context_device_(layer_.context_bytes().device),
+          workspace_host_(layer_.workspace_bytes().host, CudaBytes::Where::pinned),
+          workspace_device_(layer_.workspace_bytes().device),
+          x_(matrix_bytes() * turns_),
+          y_(matrix_bytes()),
+          dy_(matrix_bytes()),
+          dx_(matrix_bytes()) {
+        steelyard::throw_if_refused(layer_.check());
+        steelyard::throw_if_refused(layer_.init_state(state_.span()));
+        std::memset(context_host_.data(), 0, static_cast<std::size_t>(context_host_.size()));
+        fill_random(params_, static_cast<float>(1.0 / std::sqrt(static_cast<double>(of.width))), 5);
+        fill_random(x_, 1.0f, 6), fill_random(dy_, 1.0f, 7), fill_random(grads_, 1.0f, 8);
+        // Logits of tokens are about N(0, 1). Zipf: each expert's is moved by the logarithm of 1 / rank.
+        std::vector<bf16> bias(static_cast<std::size_t>(of.experts));
+        for (std::size_t e = 0; e < bias.size(); ++e)
+            bias[e] = bf16(of.zipf ? -std::log(static_cast<float>(e + 1)) : 0.0f);
+        check(cudaMemcpy(placed().router.bias.data, bias.data(), 2 * bias.size(), cudaMemcpyHostToDevice));
+    }
+
+    [[nodiscard]] const Layer& layer() const { return layer_; }
+    [[nodiscard]] steelyard::QueuedBlock context() const { return {context_host_.span(), context_device_.span()}; }
+    [[nodiscard]] steelyard::QueuedBlock workspace() const {
+        return {workspace_host_.span(), workspace_device_.span()};
+    }
+    [[nodiscard]] view<bf16, 2, CudaSpace> x(int turn) const {
+        return {reinterpret_cast<bf16*>(x_.data() + matrix_bytes() * (turn % turns_)), case_.tokens, case_.width};
+    }
+    [[nodiscard]] view<bf16, 2, CudaSpace> y() const { return matrix(y_); }
+    [[nodiscard]] auto weights() const { return layer_.read_only_params(placed()); }
+
+    void forward(int turn) const { forward(turn, steelyard::Mode::train); }
+    void evaluate(int turn) const { forward(turn, steelyard::Mode::evaluate); }
+    void backward(int turn) const {
+        steelyard::throw_if_refused(layer_.backward({.x = x(turn),
+                                                     .params = weights(),
+                                                     .dy = matrix(dy_),
+                                                     .dx = matrix(dx_),
+                                                     .grads = layer_.place_params(grads_.data()),
+                                                     .context = context(),
+                                                     .workspace = workspace()}));
+    }
+
+    /// Rows of each expert in the last call.
+    [[nodiscard]] std::vector<index_t> offsets() const {
+        std::vector<index_t> of(static_cast<std::size_t>(case_.experts) + 1);
+        check(cudaMemcpy(of.data(), layer_.plan(context()).offsets.data, of.size() * sizeof(index_t),
+                         cudaMemcpyDeviceToHost));
+        return of;
+    }
+    /// Bytes of context for a token, and of all workspace.
+    [[nodiscard]] double context_bytes() const { return static_cast<double>(context_device_.size()); }
+    [[nodiscard]] double workspace_bytes() const { return static_cast<double>(workspace_device_.size()); }
+
+private:
+    [[nodiscard]] index_t matrix_bytes() const { return case_.tokens * case_.width * 2; }
+    [[nodiscard]] view<bf16, 2, CudaSpace> matrix(const CudaBytes& of) const {
+        return {reinterpret_cast<bf16*>(of.data()), case_.tokens, case_.width};
+    }
+    [[nodiscard]] auto placed() const { return layer_.place_params(params_.data()); }
+    void forward(int turn, steelyard::Mode mode) const {
+        // Each call is a step of its own: to a policy that remembers, the same step again would be a replay.
+        const steelyard::StepInfo at{.step = next_step_++};
+        steelyard::throw_if_refused(layer_.forward({}, {.x = x(turn),
+                                                        .params = weights(),
+                                                        .y = matrix(y_),
+                                                        .context = context(),
+                                                        .workspace = workspace(),
+                                                        .state = state_.span(),
+                                                        .tokens = {.step = at, .mode = mode}}));
+    }
+
+    Case case_;
+    int turns_;
+    Layer layer_;
+    CudaBytes params_, grads_, state_, context_host_, context_device_, workspace_host_, workspace_device_, x_, y_, dy_,
+        dx_;
+    mutable std::int64_t next_step_ = 0;
+};
+
+}  // namespace bench

@@ -1,0 +1,132 @@
+// Memory of a layer on a device that works in its own time: what is the host's, what is the device's.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "steelyard/layer/memory.hpp"
+#include "steelyard/layer/sum_head.hpp"
+#include "steelyard/ops/memory_ops.hpp"
+
+namespace steelyard {
+
+/// A device whose calls are worked through in order, in its own time.
+template <class D>
+concept QueuedDevice = requires {
+    requires bool(memory_ops<D>::asynchronous);
+};
+
+/// A comm backend that sums in the order of the device's work: `stream_ordered = true`. It returns at once, and its
+/// words are pinned memory. The host waits for the device before it calls any other.
+template <class C>
+concept StreamOrderedComm = requires {
+    requires bool(C::stream_ordered);
+};
+
+/// A block of memory in two parts: the host's, pinned so that the device reaches it too, and the device's.
+struct QueuedBlock {
+    std::span<std::byte> host, device;
+};
+struct QueuedBytes {
+    index_t host = 0, device = 0;
+};
+
+/// The bundles of such a layer. `Types` is a LayerTypes; its own bundles hold what is the device's.
+template <class Types>
+struct QueuedTypes {
+    using Space = typename Types::Space;
+    using BalanceT = typename Types::Balance;
+    using DeviceT = typename Types::Device;
+    using Workspace = typename Types::Workspace;
+    using Seen = Observation<typename Types::Gate, Space>;
+    using Record = typename BalanceT::template Record<>;
+
+    struct State {
+        view<StateHeader, 1> header;  // [1]
+        typename BalanceT::template State<> balance;
+        template <class Field>
+        void fields(Field&& field, const typename Types::Dims& dims) {
+            if constexpr (BalanceT::remembers) {
+                field("header", header, index_t{1});
+                field.group("balance", balance, dims.balance, dims.shape);
+            }
+        }
+    };
+
+    /// What the host does between the counts and the slopes. It lies in the context until it has run.
+    struct Conclusion {
+        BalanceT balance;
+        Seen seen;
+        State state;
+        Record record;
+        view<std::int64_t, 1> wire;
+        std::int64_t key = 0;
+        std::int64_t* pending = nullptr;
+        std::int64_t* refused = nullptr;
+        bool summing = false;
+
+        static void post(void* self) {
+            const auto& of = *static_cast<Conclusion*>(self);
+            std::fill_n(of.wire.data, of.wire.size(), std::int64_t{0});
+            SumHead::write(of.wire, of.key, false);
+            Wire<> words = behind_head(of.wire);
+            of.balance.post(of.seen, of.state.balance, of.record, words);
+        }
+        static void conclude(void* self) {
+            const auto& of = *static_cast<Conclusion*>(self);
+            Status summed;
+            if (of.summing) summed = SumHead::check("layer.forward", of.wire);
+            *of.refused = static_cast<std::int64_t>(summed.code());
+            Wire<> words = of.summing ? behind_head(of.wire) : Wire<>();
+            if (summed) of.balance.conclude(of.seen, of.state.balance, of.record, words);
+            std::atomic_ref<std::int64_t>(*of.pending).store(0, std::memory_order_release);
+        }
+        static Wire<> behind_head(view<std::int64_t, 1> wire) {
+            return Wire<>(wire.slice(SumHead::words, wire.extents[0]));
+        }
+    };
+    static_assert(std::is_trivially_destructible_v<Conclusion>,
+                  "steelyard: a balance policy on such a device is a value without a destructor of its own");
+
+    /// The host's part of a context.
+    struct HostContext {
+        view<CallInfo, 1> call;          // [1]
+        view<std::int64_t, 1> pending;   // [1]  1 from the call until its conclusion has run
+        view<std::int64_t, 1> refused;   // [1]  a Code: what the sum answered
+        view<Conclusion, 1> conclusion;  // [1]
+        Record balance;
+        template <class Field>
+        void fields(Field&& field, const typename Types::Dims& dims) {
+            field("call", call, index_t{1});
+            field("pending", pending, index_t{1});
+            field("refused", refused, index_t{1});
+            field("conclusion", conclusion, index_t{1});
+            field.group("balance", balance, dims.balance, dims.shape);
+        }
+    };
+    struct HostWorkspace {
+        view<std::int64_t, 1> wire;  // [words]
+        template <class Field>
+        void fields(Field&& field, const typename Types::Dims& dims) {
+            field("wire", wire, std::max(dims.wire_words(), dims.step_words()));
+        }
+    };
+    /// The device's part of a workspace: what is used beside the experts has memory of its own.
+    struct DeviceWorkspace {
+        Workspace main;
+        view<std::byte, 1, Space> beside;  // of the statistics
+        view<float, 1, Space> bias;        // [E]
+        template <class Field>
+        void fields(Field&& field, const typename Types::Dims& dims, const DeviceT& device) {
+            field.group("", main, dims);
+            field("beside", beside, balance_ops<DeviceT>::scratch_bytes(device, dims.shape));
+            if constexpr (BalanceT::has_bias) field("bias", bias, dims.shape.experts);
+        }
+    };
+};
+
+}  // namespace steelyard
