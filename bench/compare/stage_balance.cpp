@@ -66,9 +66,10 @@ public:
         const auto record = place<Record>(record_.as<std::byte>(), policy, layer_.shape());
         Wire<> out(view<std::int64_t, 1>(words_.data(), std::ssize(words_))), in = out;
         const double seconds = seconds_of([&] {
-            policy.observe(layer_.config().device, seen, kept, record, out);
-            policy.conclude(layer_.config().device, seen, kept, record, in, scratch_.as<std::byte>());
-            policy.gradient(layer_.config().device, seen, record, grad_);
+            policy.observe(layer_.config().device, seen, kept, record, scratch_.as<std::byte>());
+            policy.post(seen, kept, record, out);
+            policy.conclude(seen, kept, record, in);
+            policy.gradient(layer_.config().device, seen, record, grad_, scratch_.as<std::byte>());
         });
         return seconds / layer_seconds;
     }

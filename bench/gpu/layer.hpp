@@ -69,6 +69,7 @@ public:
         for (std::size_t e = 0; e < bias.size(); ++e)
             bias[e] = bf16(of.zipf ? -std::log(static_cast<float>(e + 1)) : 0.0f);
         check(cudaMemcpy(placed().router.bias.data, bias.data(), 2 * bias.size(), cudaMemcpyHostToDevice));
+        check(cudaDeviceSynchronize());
     }
 
     [[nodiscard]] const Layer& layer() const { return layer_; }

@@ -97,6 +97,7 @@ private:
     static void put(const Tensor<bf16>& to, const Host<bf16>& from) {
         REQUIRE(cudaMemcpy(to.get().data, from.data.data(), static_cast<std::size_t>(tokens * width) * sizeof(bf16),
                            cudaMemcpyHostToDevice) == cudaSuccess);
+        REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
     }
 };
 

@@ -116,7 +116,7 @@ TEST_CASE("selection chooses what the CPU chooses") {
                         const bool exact = (!biased && c.kept == c.groups) || (rounds_alike && c.top_k <= 16);
                         if (!exact) continue;  // what is within rounding may tie
                         REQUIRE(got.expert.host().same(want.expert));
-                        gpu::require_close(weight, want.weight, 2e-6);
+                        gpu::require_close(weight, want.weight, 4e-6);
                         if (rounds_alike && c.top_k <= 16) {
                             WARN(probs.same(want.probs));
                             WARN(weight.same(want.weight));
@@ -311,8 +311,8 @@ TEST_CASE_TEMPLATE("logits and their gradients", T, float, bf16) {
                                             gpu_slope.get(), gpu_dx.get(), gpu_dw.get(), scratch.data());
                     gpu::finish();
                     const Host<T> got_dx = gpu_dx.host(), got_dw = gpu_dw.host();
-                    gpu::require_close(got_dx, want_dx, relative);
-                    gpu::require_close(got_dw, want_dw, relative);
+                    gpu::require_close(got_dx, want_dx, relative, 1.0);
+                    gpu::require_close(got_dw, want_dw, relative, 1.0);
                     if (run == 0) first_dx = got_dx, first_dw = got_dw;
                     REQUIRE(got_dx.same(first_dx));
                     REQUIRE(got_dw.same(first_dw));

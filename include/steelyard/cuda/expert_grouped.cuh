@@ -100,10 +100,11 @@ public:
           rows_(plan.choice.extents[0]),
           width_(static_cast<int>(weights.up.extents[2])),
           hidden_(static_cast<int>(weights.up.extents[1])),
-          // Few rows for an expert: a tile of 128 would be mostly empty. And where there are few tiles, narrow ones keep
-          // more multiprocessors at reading weights.
+          // Few rows for an expert: a tile of 128 would be mostly empty. And where there are few tiles, narrow ones
+          // keep more multiprocessors at reading weights.
           small_(rows_ <= 64 * plan.experts()),
-          columns_(small_ && std::min(rows_, plan.experts()) * tiles_of(hidden_, 128) < 4 * Gpu::current().multiprocessors
+          columns_(small_ &&
+                           std::min(rows_, plan.experts()) * tiles_of(hidden_, 128) < 4 * Gpu::current().multiprocessors
                        ? 128
                        : 256) {}
 
@@ -140,8 +141,8 @@ public:
         if (parts != nullptr) {
             constexpr int threads = 128;
             add_weight_parts<<<static_cast<unsigned>((rows_ + threads - 1) / threads), threads, 0, device_.stream>>>(
-                parts, tiles_of(hidden_, columns_), plan_.offsets.data, experts(), plan_.choice.data, top_k(), dweight.data,
-                dweight.strides[0]);
+                parts, tiles_of(hidden_, columns_), plan_.offsets.data, experts(), plan_.choice.data, top_k(),
+                dweight.data, dweight.strides[0]);
             check_call(cudaGetLastError(), "add_weight_parts");
         }
         if (drows.present()) input_gradient(grad_rows, drows);

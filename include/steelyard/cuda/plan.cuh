@@ -33,15 +33,6 @@ struct SortScratch {
     }
 };
 
-/// Whether rows can be moved 16 bytes at a time.
-template <class T, class... Rows>
-bool takes_packs(index_t width, const Rows&... rows) {
-    const auto fits = [](const auto& of) {
-        return reinterpret_cast<std::uintptr_t>(of.data) % 16 == 0 && of.strides[0] % whole_pack<T> == 0;
-    };
-    return width % whole_pack<T> == 0 && (fits(rows) && ...);
-}
-
 }  // namespace cuda
 
 index_t plan_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape, int top_k) {

@@ -3,6 +3,7 @@
 
 #include <cublas_v2.h>
 
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
@@ -43,6 +44,15 @@ void multiply(const Cuda& device, index_t m, index_t n, index_t k, Matrix<const 
 /// A grid of blocks of `threads` for `items` threads.
 inline unsigned blocks_for(index_t items, int threads) {
     return static_cast<unsigned>((items + threads - 1) / threads);
+}
+
+/// Whether rows can be moved 16 bytes at a time.
+template <class T, class... Rows>
+bool takes_packs(index_t width, const Rows&... rows) {
+    const auto fits = [](const auto& of) {
+        return reinterpret_cast<std::uintptr_t>(of.data) % 16 == 0 && of.strides[0] % whole_pack<T> == 0;
+    };
+    return width % whole_pack<T> == 0 && (fits(rows) && ...);
 }
 
 }  // namespace steelyard::cuda

@@ -105,6 +105,8 @@ CudaBytes::~CudaBytes() {
 void CudaBytes::upload(const void* from, index_t bytes) const {
     if (bytes > 0)
         cuda::check_call(cudaMemcpy(data_, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault), "cudaMemcpy");
+    // A copy from ordinary memory returns when it has been read, which is before it has arrived.
+    cuda::check_call(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 void CudaBytes::download(void* to, index_t bytes) const {
     if (bytes > 0)

@@ -116,6 +116,14 @@ void router_ops<Cuda>::logits(const Cuda& device, view<const T, 2, CudaSpace> x,
     if (tokens == 0) return;
     const auto product = [&](view<const T, 2, CudaSpace> rows, index_t begin) {
         using cuda::Turn;
+        constexpr index_t few = 16;
+        if (tokens <= few && cuda::takes_packs<T>(width, rows, weight)) {
+            constexpr int pack = cuda::whole_pack<T>;
+            cuda::multiply_few<T, pack><<<cuda::blocks_for(tokens * experts, 8), 256, 0, device.stream>>>(
+                cuda::matrix_of(rows), cuda::matrix_of(weight), tokens, static_cast<int>(experts),
+                static_cast<int>(width), cuda::matrix_of(logits));
+            return cuda::check_call(cudaGetLastError(), "multiply_few");
+        }
         cuda::multiply<Turn::no, Turn::yes, T, float>(
             device, rows.extents[0], experts, width, cuda::matrix_of(rows), cuda::matrix_of(weight),
             cuda::matrix_of(logits.slice(begin, begin + rows.extents[0])), Write::assign);

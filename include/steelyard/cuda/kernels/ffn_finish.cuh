@@ -269,8 +269,8 @@ struct FinishAdd {
                                  std::uint32_t full) {
         constexpr int rows = Block::rows;
         for (int box = 0; box < 2; ++box)
-            hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full, tile.n * Block::columns + 128 * step + 64 * box,
-                             tile.m * rows, tile.expert);
+            hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full,
+                             tile.n * Block::columns + 128 * step + 64 * box, tile.m * rows, tile.expert);
     }
 
     template <class Steps>

@@ -41,8 +41,8 @@ struct GroupedProduct {
     const bf16* tokens = nullptr;  // what is gathered, [T, width]
     index_t token_stride = 0;
     int token_width = 0;
-    int segments = 1;  ///< a_0 b_0 + a_1 b_1
-    int k_steps = 0;   ///< of 64 in each segment, where k is not over rows
+    int segments = 1;        ///< a_0 b_0 + a_1 b_1
+    int k_steps = 0;         ///< of 64 in each segment, where k is not over rows
     bool halved = false;     ///< half of a tile's columns are of each of two weights
     int m_tiles_of_one = 0;  ///< results that rows are summed into: tiles of rows of the first of two
 };

@@ -88,11 +88,12 @@ struct ProductLoader {
         }
         if constexpr (b == Bring::weights_turned)
             for (int i = 0; i < Block::columns / 64; ++i)
-                hopper::copy_box(to_b + i * Block::turned_block, maps.b[segment], full, tile.n * Block::columns + 64 * i, k,
-                                 tile.expert);
+                hopper::copy_box(to_b + i * Block::turned_block, maps.b[segment], full,
+                                 tile.n * Block::columns + 64 * i, k, tile.expert);
         if constexpr (b == Bring::rows_turned)
             for (int i = 0; i < Block::columns / 64; ++i)
-                hopper::copy_box(to_b + i * Block::turned_block, maps.b[0], full, tile.n * Block::columns + 64 * i, row + k);
+                hopper::copy_box(to_b + i * Block::turned_block, maps.b[0], full, tile.n * Block::columns + 64 * i,
+                                 row + k);
     }
 
     /// All steps of a tile whose rows are tokens', k along them.

@@ -96,15 +96,14 @@ __global__ void __launch_bounds__(Block::threads, 1)
                 hopper::wait(shared.full(stage), step_of_all / Block::stages % 2);
                 if constexpr (Loader::over_rows)
                     if (tile.rows < (step + 1) * Block::depth)
-                        detail::clear_tail<a, b>(shared, stage, tile.rows - step * Block::depth,
-                                                              threadIdx.x - 128);
+                        detail::clear_tail<a, b>(shared, stage, tile.rows - step * Block::depth, threadIdx.x - 128);
                 const std::uint64_t at_a = hopper::matrix_at(shared.a(stage) + own * 64 * 128, Block::turned_block);
                 const std::uint64_t at_b = hopper::matrix_at(shared.b(stage), Block::turned_block);
                 hopper::begin_products();
 #pragma unroll
                 for (int j = 0; j < Block::depth / 16; ++j)
-                    hopper::multiply<a_by_k, b_by_k>(d, at_a + j * (a_by_k ? 2 : 128),
-                                                         at_b + j * (b_by_k ? 2 : 128), step > 0 || j > 0);
+                    hopper::multiply<a_by_k, b_by_k>(d, at_a + j * (a_by_k ? 2 : 128), at_b + j * (b_by_k ? 2 : 128),
+                                                     step > 0 || j > 0);
                 hopper::close_products();
                 hopper::wait_products<1>();
                 if (step > 0 && lane == 0) hopper::arrive(shared.empty((step_of_all - 1) % Block::stages));
@@ -117,8 +116,8 @@ __global__ void __launch_bounds__(Block::threads, 1)
                 FinishedTile{tile.expert, tile.first_row + m + row,
                              Loader::over_rows ? 16 : min(16, tile.rows - m - row), m + row, row, tile.n, tile.matrix},
                 d,
-                FinishSteps<Block>{shared, maps, step_of_all, stores,
-                                         hopper::shared_address(shared.chunk(warp - 4)), lane});
+                FinishSteps<Block>{shared, maps, step_of_all, stores, hopper::shared_address(shared.chunk(warp - 4)),
+                                   lane});
         }
         hopper::wait_stores_read<0>();
     }

@@ -64,6 +64,26 @@ __global__ void add_input_gradient(Matrix<const T> rows, RouterNoise noise, inde
         dx(t, j) = from_float<T>(to_float(dx(t, j)) + to_float(rows(t, j)) * static_cast<float>(factor[j % 4]));
 }
 
+/// logits (=) x weight^T: a warp for each token and expert. For few tokens, where a product of matrices takes longer to
+/// begin than this to end.
+template <class T, int pack>
+__global__ void multiply_few(Matrix<const T> x, Matrix<const T> weight, index_t tokens, int experts, int width,
+                             Matrix<float> logits) {
+    const index_t at = static_cast<index_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (at >= tokens * experts) return;
+    const index_t t = at / experts, e = at % experts;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int j = threadIdx.x % 32 * pack; j < width; j += 32 * pack) {
+        const auto a = *reinterpret_cast<const Pack<T, pack>*>(&x(t, j));
+        const auto b = *reinterpret_cast<const Pack<T, pack>*>(&weight(e, j));
+#pragma unroll
+        for (int i = 0; i < pack; ++i) sum = fmaf(to_float(a.of[i]), to_float(b.of[i]), sum);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) logits(t, e) = sum;
+}
+
 /// logits += noise, four at a time.
 __global__ void add_logit_noise(RouterNoise noise, index_t tokens, index_t experts, Matrix<float> logits) {
     const index_t blocks = (experts + 3) / 4, at = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;

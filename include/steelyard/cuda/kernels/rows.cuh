@@ -8,14 +8,6 @@
 
 namespace steelyard::cuda {
 
-/// `count` elements of T that are read and written together: 16 bytes, or one where rows do not allow more.
-template <class T, int count>
-struct alignas(sizeof(T) * count) Pack {
-    T of[count];
-};
-template <class T>
-inline constexpr int whole_pack = static_cast<int>(16 / sizeof(T));
-
 /// rows[r] (=) x[choice[r] / K] for every row of the plan. A warp for each row.
 template <class T, int pack>
 __global__ void dispatch_rows(const index_t* offsets, int experts, const std::int32_t* choice, int top_k,

@@ -41,6 +41,14 @@ Matrix<T> matrix_of(const view<T, 2, CudaSpace>& of) {
     return {of.data, of.strides[0]};
 }
 
+/// `count` elements of T that are read and written together: 16 bytes, or one where rows do not allow more.
+template <class T, int count>
+struct alignas(sizeof(T) * count) Pack {
+    T of[count];
+};
+template <class T>
+inline constexpr int whole_pack = static_cast<int>(16 / sizeof(T));
+
 // Each of these takes lanes in pairs that do not depend on the data: the same bits from run to run.
 
 __device__ inline float warp_sum(float value) {
