@@ -261,7 +261,7 @@ TEST_CASE_TEMPLATE("logits and their gradients", T, float, bf16) {
                 CAPTURE(noisy);
                 CAPTURE(masked);
                 // Jitter rounds x to bf16 again, where the reference does not.
-                const double relative = is_float ? 1e-5 : noisy ? 1e-2 : 5e-3;
+                const double relative = is_float ? 1e-5 : noisy ? 1e-2 : 8e-3;  // a unit of bf16 is 2^-7
                 RouterNoise noise;
                 if (noisy) noise = {.jitter = 0.1, .noise = 0.3, .seed = 9, .step = {.step = 4, .token_offset = 11}};
                 const Mask mask = mask_of(n.tokens, masked);

@@ -12,6 +12,8 @@ namespace steelyard {
 /// The group of one rank. Empty, stateless, and every call is a no-op but for the size checks of `all_gather`
 /// and `broadcast`.
 struct SelfComm {
+    static constexpr bool stream_ordered = true;  ///< there is nothing to wait for (layer/queued.hpp)
+
     [[nodiscard]] constexpr int rank() const { return 0; }
     [[nodiscard]] constexpr int size() const { return 1; }
 
