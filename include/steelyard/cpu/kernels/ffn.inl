@@ -66,7 +66,7 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                           here = std::min(lanes, call.hidden.columns - j);
             if (here <= 0) break;
             const auto gate = load(block + v * lanes), up = load(block + (v + step - 1) * lanes);
-            T* const inner = call.inner + r * call.inner_row + (j - first);
+            T* const inner = call.inner == nullptr ? nullptr : call.inner + r * call.inner_row + (j - first);
             T* const kept = call.kept.up == nullptr ? nullptr : call.kept.up + r * call.kept.stride + j;
             T* const kept_gate =
                 kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
@@ -78,11 +78,11 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                     if (kept != nullptr) store(kept, up);
                     if (kept_gate != nullptr) store(kept_gate, gate);
                 }
-                if (call.inner != nullptr) store(inner, function.value(gate, up));
+                if (inner != nullptr) store(inner, function.value(gate, up));
             } else {
                 if (kept != nullptr) store_some<T>(kept, up, here);
                 if (kept_gate != nullptr) store_some<T>(kept_gate, gate, here);
-                if (call.inner != nullptr) store_some<T>(inner, function.value(gate, up), here);
+                if (inner != nullptr) store_some<T>(inner, function.value(gate, up), here);
             }
         }
 }
