@@ -117,7 +117,7 @@ private:
         const index_t i0 = block_begin(hidden_, block), i1 = block_begin(hidden_, block + 1);
         const auto dup = columns(view<const T, 2>(grad_rows.up.slice(r0, r1)), i0, i1);
         const auto dgate = gated_ ? columns(view<const T, 2>(grad_rows.gate.slice(r0, r1)), i0, i1) : dup;
-        for_panels(
+        for_packed_columns(
             r0, r1, width_, own, [&](index_t r) { return &x(plan_.choice[r] / plan_.top_k(), 0); },
             grads.up.present() || (gated_ && grads.gate.present()),
             [&](index_t j0, index_t n) {
@@ -132,7 +132,7 @@ private:
                   const FfnGradRows<T>& grad_rows, const FfnWeights<T>& grads, const FfnScratch<T>& own) const {
         const index_t i0 = block_begin(width_, block), i1 = block_begin(width_, block + 1);
         const auto dout = gather(plan_, columns(dy, i0, i1), r0, r1, own.width);
-        for_panels(
+        for_packed_columns(
             r0, r1, hidden_, own, [&](index_t r) { return &grad_rows.inner(r, 0); }, grads.down.present(),
             [&](index_t j0, index_t n) { add_product(dout, grads.down[e], i0, i1, j0, n, own); });
         if (grads.down_bias.present())
@@ -144,8 +144,8 @@ private:
     /// Rows [r0, r1) of a matrix of n columns into panels, as many columns at once as there is room for; then
     /// body(first column, columns).
     template <class Row, class Body>
-    void for_panels(index_t r0, index_t r1, index_t n, const FfnScratch<T>& own, Row&& row, bool wanted,
-                    Body&& body) const {
+    void for_packed_columns(index_t r0, index_t r1, index_t n, const FfnScratch<T>& own, Row&& row, bool wanted,
+                            Body&& body) const {
         constexpr index_t width = Kernels::template panel_columns<T>;
         const index_t rows = r1 - r0, step = std::max<index_t>(1, own.room.extents[0] / (rows * width)) * width;
         for (index_t j0 = 0; j0 < n && wanted; j0 += step) {

@@ -66,7 +66,7 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                           here = std::min(lanes, call.hidden.columns - j);
             if (here <= 0) break;
             const auto gate = load(block + v * lanes), up = load(block + (v + step - 1) * lanes);
-            T* const inner = call.inner + r * call.inner_row + (j - first);
+            T* const inner = call.inner == nullptr ? nullptr : call.inner + r * call.inner_row + (j - first);
             T* const kept = call.kept.up == nullptr ? nullptr : call.kept.up + r * call.kept.stride + j;
             T* const kept_gate =
                 kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
@@ -78,11 +78,11 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                     if (kept != nullptr) store(kept, up);
                     if (kept_gate != nullptr) store(kept_gate, gate);
                 }
-                if (call.inner != nullptr) store(inner, function.value(gate, up));
+                if (inner != nullptr) store(inner, function.value(gate, up));
             } else {
                 if (kept != nullptr) store_some<T>(kept, up, here);
                 if (kept_gate != nullptr) store_some<T>(kept_gate, gate, here);
-                if (call.inner != nullptr) store_some<T>(inner, function.value(gate, up), here);
+                if (inner != nullptr) store_some<T>(inner, function.value(gate, up), here);
             }
         }
 }
@@ -92,30 +92,16 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
 /// inner = a(x W + b) for panels [first, last) of `hidden`; `inner` begins with the first of their columns.
 template <class T, class F>
 void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
-    const index_t depth = call.hidden.words();
-    const index_t at_once = call.rows > register_rows ? 1 : panels_at_once<F>(call.rows);
-    const index_t together = depth <= depth_block<F> ? last - first : at_once;
     const index_t first_column = first * call.hidden.panel_columns();
-    for (index_t q0 = first; q0 < last; q0 += together) {
-        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<F>) {
-            const index_t p1 = std::min(depth, p0 + depth_block<F>);
-            for_panels(call.hidden, call.rows, q0, std::min(last, q0 + together), p0, p1, call.room,
-                       [&](index_t q, index_t count, const auto* b, index_t apart, const Ahead& ahead) {
-                           // Sums of several panels wait side by side for the next block of the depth.
-                           T* const block =
-                               call.block + (depth <= depth_block<F> ? 0 : (q - q0) * call.rows * panel_width<F>);
-                           auto product = tile_of(call.x, p0, call.hidden, q, p0, b, apart, p1 - p0);
-                           product.c = block;
-                           product.c_row = count * panel_width<F>;
-                           product.add = p0 > 0 || part::start_with_bias(call, q, count, block);
-                           tiles(call.rows, count, product, ahead);
-                           if (p1 < depth) return;
-                           with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
-                               part::finish_hidden(function, call, q, count, first_column, block);
-                           });
-                       });
-        }
-    }
+    multiply_panels(
+        call.x, call.rows, call.hidden, first, last, call.block, call.room,
+        [&](index_t panel, index_t count, T* block) { return part::start_with_bias(call, panel, count, block); },
+        [](index_t, index_t) { return Nothing{}; },
+        [&](index_t panel, index_t count, const T* block) {
+            with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
+                part::finish_hidden(function, call, panel, count, first_column, block);
+            });
+        });
     if (call.kept_past_caches) part::end_stream();
 }
 
@@ -229,33 +215,20 @@ void finish_backward(const Function& function, const FfnBackward<T>& call, index
 /// Back through `down` and the activation.
 template <class T>
 void ffn_backward_hidden(const FfnBackward<T>& call) {
-    const index_t depth = call.down.depth, panels = call.down.panels();
-    const index_t at_once = call.rows > register_rows ? 1 : panels_at_once<T>(call.rows);
-    const index_t together = depth <= depth_block<T> ? panels : at_once;
-    for (index_t q0 = 0; q0 < panels; q0 += together) {
-        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
-            const index_t p1 = std::min(depth, p0 + depth_block<T>);
-            for_panels(call.down, call.rows, q0, std::min(panels, q0 + together), p0, p1, call.room,
-                       [&](index_t q, index_t count, const T* b, index_t apart, const Ahead& ahead) {
-                           T* const block =
-                               call.block + (depth <= depth_block<T> ? 0 : (q - q0) * call.rows * panel_width<T>);
-                           TileCall<T> product;
-                           product.steps = p1 - p0;
-                           product.a = call.dout + p0, product.a_row = call.dout_row;
-                           product.b = b, product.b_panel = apart;
-                           product.c = block, product.c_row = count * panel_width<T>;
-                           product.add = p0 > 0;
-                           tiles(call.rows, count, product, ahead,
-                                 part::FinishAhead<T>{call, q * panel_width<T>, count * panel_width<T>});
-                           if (p1 < depth) return;
-                           with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
-                               const index_t j0 = q * panel_width<T>, columns = count * panel_width<T>;
-                               part::finish_backward(function, call, j0, std::min(call.down.columns, j0 + columns),
-                                                     block, columns);
-                           });
-                       });
-        }
-    }
+    constexpr index_t width = panel_width<T>;
+    const Operand<T> dout{const_cast<T*>(call.dout), call.dout_row};  // only read
+    multiply_panels(
+        dout, call.rows, call.down, index_t{0}, call.down.panels(), call.block, call.room,
+        [](index_t, index_t, T*) { return false; },
+        [&](index_t panel, index_t count) {
+            return part::FinishAhead<T>{call, panel * width, count * width};
+        },
+        [&](index_t panel, index_t count, const T* block) {
+            with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
+                const index_t j0 = panel * width, j1 = std::min(call.down.columns, j0 + count * width);
+                part::finish_backward(function, call, j0, j1, block, count * width);
+            });
+        });
     if (call.inner_past_caches) part::end_stream();
 }
 

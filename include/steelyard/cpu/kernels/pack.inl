@@ -105,7 +105,7 @@ template <class T, class Body>
 void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end,
                 typename Format<T>::word* room, Body&& body) {
     using word = typename Format<T>::word;
-    const index_t wanted = rows > register_rows ? 1 : panels_at_once<T>(rows), steps = end - begin;
+    const index_t wanted = panels_at_once(rows), steps = end - begin;
     if (right.stored != nullptr) {
         const index_t apart = right.words() * panel_width<T>;
         for (index_t q = first; q < last;) {

@@ -35,10 +35,29 @@ template <class T>
     return call;
 }
 
+/// The tiles of panels of which c has only the first `columns`: columns beyond them would be written too, so that they
+/// go by way of a block that has them all.
+template <class T>
+void partial_tiles(index_t rows, index_t panels, index_t columns, TileCall<T> call, const Ahead& ahead) {
+    using sum_t = typename Format<T>::sum;
+    sum_t block[register_rows * panel_width<T>] = {};  // room for as many panels as few rows take at once
+    const auto bytes = static_cast<std::size_t>(columns) * sizeof(sum_t);
+    for (index_t r = 0; r < rows; r += register_rows) {
+        const index_t high = std::min<index_t>(register_rows, rows - r);
+        TileCall<T> whole = call;
+        whole.c = block;
+        whole.c_row = panels * panel_width<T>;
+        if (call.add)
+            for (index_t i = 0; i < high; ++i) std::memcpy(block + i * whole.c_row, call.c + i * call.c_row, bytes);
+        tiles(high, panels, whole, ahead);
+        for (index_t i = 0; i < high; ++i) std::memcpy(call.c + i * call.c_row, block + i * whole.c_row, bytes);
+        call.skip(high);
+    }
+}
+
 /// The product over words [begin, end) of b's depth, which `a` begins at, and over its panels [first, last).
 template <class T>
 void multiply(const Product<T>& product, index_t first, index_t last, index_t begin, index_t end) {
-    using sum_t = typename Format<T>::sum;
     constexpr index_t width = panel_width<T>;
     const index_t columns = product.b.columns;
     const index_t block_depth = product.b.stored != nullptr ? depth_block<T> : packed_depth_block<T>;
@@ -53,23 +72,10 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
                        call.c = product.c + j0;
                        call.c_row = product.c_row;
                        call.add = product.add || p0 > begin;
-                       if (here == count * width) return tiles(product.rows, count, call, ahead);
-                       // Columns beyond the last one would be written too: by way of a block that has them.
-                       sum_t block[register_rows * width * 4];
-                       const auto bytes = static_cast<std::size_t>(here) * sizeof(sum_t);
-                       for (index_t r = 0; r < product.rows; r += register_rows) {
-                           const index_t high = std::min<index_t>(register_rows, product.rows - r);
-                           TileCall<T> part = call;
-                           part.c = block;
-                           part.c_row = count * width;
-                           if (call.add)
-                               for (index_t i = 0; i < high; ++i)
-                                   std::memcpy(block + i * part.c_row, call.c + i * call.c_row, bytes);
-                           tiles(high, count, part, ahead);
-                           for (index_t i = 0; i < high; ++i)
-                               std::memcpy(call.c + i * call.c_row, block + i * part.c_row, bytes);
-                           call.skip(high);
-                       }
+                       if (here == count * width)
+                           tiles(product.rows, count, call, ahead);
+                       else
+                           partial_tiles(product.rows, count, here, call, ahead);
                    });
     }
 }
@@ -77,6 +83,39 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
 template <class T>
 void multiply(const Product<T>& product) {
     multiply(product, index_t{0}, product.b.panels(), index_t{0}, product.b.words());
+}
+
+/// a times panels [first, last) of b, a few panels at a time, whose sums [rows, columns of these panels] are used up
+/// while they are in the first-level cache:
+///
+///     start(panel, count, sums)   writes what they begin with, or nothing where that is 0. Whether it wrote.
+///     before(panel, count)        what `tiles` calls ahead of each tile of the last block of the depth
+///     finish(panel, count, sums)  takes them
+///
+/// `sums` has room for max(rows, 8) rows of a panel's columns.
+template <class T, class Start, class Before, class Finish>
+void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index_t first, index_t last,
+                     typename Format<T>::sum* sums, typename Format<T>::word* room, Start&& start, Before&& before,
+                     Finish&& finish) {
+    const index_t depth = b.words();
+    // Where the depth is cut, sums of several panels wait side by side for the next block of it.
+    const bool whole = depth <= depth_block<T>;
+    const index_t together = whole ? last - first : panels_at_once(rows);
+    for (index_t q0 = first; q0 < last; q0 += together)
+        for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
+            const index_t p1 = std::min(depth, p0 + depth_block<T>);
+            for_panels(b, rows, q0, std::min(last, q0 + together), p0, p1, room,
+                       [&](index_t q, index_t count, const auto* panels, index_t apart, const Ahead& ahead) {
+                           auto* const here = sums + (whole ? 0 : (q - q0) * rows * panel_width<T>);
+                           auto call = tile_of(a, p0, b, q, p0, panels, apart, p1 - p0);
+                           call.c = here;
+                           call.c_row = count * panel_width<T>;
+                           call.add = p0 > 0 || start(q, count, here);
+                           if (p1 < depth) return tiles(rows, count, call, ahead);
+                           tiles(rows, count, call, ahead, before(q, count));
+                           finish(q, count, here);
+                       });
+        }
 }
 
 /// out (+=) left^T right, over rows in order: the gradient of a weight. `right` comes in panels.
@@ -158,16 +197,10 @@ void add_outer_product(const OuterProduct<T>& product) {
             call.c = c, call.c_row = product.out_row;
             call.add = true;
             const index_t here = std::min(width, product.n - j);
-            if (here == width) {
+            if (here == width)
                 tiles(here_rows, 1, call, ahead);
-                continue;
-            }
-            T block[high * width] = {};
-            const auto bytes = static_cast<std::size_t>(here) * sizeof(T);
-            for (index_t r = 0; r < here_rows; ++r) std::memcpy(block + r * width, c + r * product.out_row, bytes);
-            call.c = block, call.c_row = width;
-            tiles(here_rows, 1, call, ahead);
-            for (index_t r = 0; r < here_rows; ++r) std::memcpy(c + r * product.out_row, block + r * width, bytes);
+            else
+                partial_tiles(here_rows, 1, here, call, ahead);
         }
     }
 }

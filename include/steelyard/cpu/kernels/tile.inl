@@ -179,7 +179,6 @@ void tile(const TileCall<T>& call) {
 
 /// Panels that a tile of `rows` rows takes side by side, where there are as many: few rows of one panel would leave the
 /// units waiting for each other's results.
-template <class T>
 [[nodiscard]] constexpr index_t panels_at_once(index_t rows) {
     return rows == 1 ? 4 : rows * 3 <= register_rows ? 2 : 1;
 }
@@ -227,8 +226,7 @@ struct Nothing {
 /// last row) ahead of each tile.
 template <class T, class Before = Nothing>
 void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
-    const index_t count = (rows + register_rows - 1) / register_rows,
-                  half = ahead.first_two ? 1 : (count + 1) / 2;
+    const index_t count = (rows + register_rows - 1) / register_rows, half = ahead.first_two ? 1 : (count + 1) / 2;
     for (index_t i = 0, row = 0; i < count; ++i) {
         const index_t end = rows * (i + 1) / count, part = i / half;
         const bool some = part < 2 && ahead.from[part] != nullptr;
