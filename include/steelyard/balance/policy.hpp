@@ -22,11 +22,10 @@ namespace steelyard {
 ///
 /// 1. A policy is an immutable value. `State` and `Record` are bundles described from (policy, shape).
 /// 2. `observe` counts what this call routed; `post` puts that on the wire; `conclude` turns the summed counts into
-/// loss
-///    and slopes; `gradient` adds to the routing gradient. Between `post` and `conclude` the layer sums the wire over
-///    the data group if, and only if, `exchanges` says so. A policy never calls a comm backend. `observe` and
-///    `gradient` do nothing but call operations of the device, `post` and `conclude` do arithmetic on the host's
-///    memory alone: so that a device may work through them in its own time.
+///    loss and slopes; `gradient` adds to the routing gradient. Between `post` and `conclude` the layer sums the wire
+///    over the data group if, and only if, `exchanges` says so. A policy never calls a comm backend. `observe` and
+///    `gradient` do nothing but call operations of the device, `post` and `conclude` do arithmetic on the host's memory
+///    alone: so that a device may work through them in its own time.
 /// 3. `communicates == false` means that no word ever travels in a forward: the layer then contains no such call.
 /// 4. Observing one (step, micro_step) again changes no state and leads to the same record.
 /// 5. Every rank of a data group gives the same answer to `wire_words`, `step_words` and `exchanges`.

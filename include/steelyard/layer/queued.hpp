@@ -18,12 +18,10 @@ namespace steelyard {
 
 /// `MoE` (layer/moe.hpp) on a QueuedDevice: the same policies and the same stages. What differs:
 ///
-///  - Calls enqueue and return. x, y, gradients and parameters are the device's memory; state is pinned memory; context
-///  and
-///    workspace have a part in each, and live until the device has come so far.
-///  - Statistics are counted, summed and concluded beside the experts; policies do their arithmetic in between, on a
-///  thread
-///    of the device's. Backward waits for that on the device.
+///  - Calls enqueue and return. x, y, gradients and parameters are the device's memory, state is pinned memory. Context
+///    and workspace have a part in each, and live until the device has come so far.
+///  - Statistics are counted, summed and concluded beside the experts. Policies do their arithmetic in between, on a
+///    thread of the device's. Backward waits for that on the device.
 ///  - What the host reads of a context (`balance_loss`, `balance_record`, `summed`) or of a state is there after the
 ///    device has been waited for. A forward of a policy that remembers waits for the statistics of the forward before,
 ///    and so does one whose context is still at work. Nothing else waits, so that other policies' calls can be captured
