@@ -24,7 +24,7 @@ bool is_grouped(const Cuda& device, const FfnWeights<const T, CudaSpace>& weight
         if (weights.up_bias.present() || weights.gate_bias.present() || weights.down_bias.present())
             obstacle = "biases";
         else if (weights.up.extents[0] > GroupedFfn::most_experts)
-            obstacle = "more than 1024 experts";
+            obstacle = "more than 512 experts";
         else if (!aligned || !GroupedFfn::fits(weights.up) || !GroupedFfn::fits(weights.down) ||
                  (weights.gate.present() && !GroupedFfn::fits(weights.gate)))
             obstacle = "rows that are no multiple of 16 bytes";
