@@ -19,7 +19,7 @@ namespace steelyard {
 /// Two ways lead there (`Cuda::experts`). *Looped*: cuBLAS products for one expert after the other; the host waits for
 /// the plan's counts. *Grouped*: kernels for all experts that read the counts where they are, so that a forward and a
 /// backward can be captured in a graph: bf16 on sm_90, widths and row strides of a multiple of 8, no biases, at most
-/// 1024 experts. `CudaExperts::grouped` throws an Error where that is not so, and needs less scratch.
+/// 512 experts. `CudaExperts::grouped` throws an Error where that is not so, and needs less scratch.
 ///
 /// There are no packed copies of weights on this device.
 template <>
