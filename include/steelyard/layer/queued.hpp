@@ -315,19 +315,14 @@ private:
 
     Status check_forward(const ForwardArgs& args) const {
         constexpr std::string_view stage = "layer.forward";
-        if (Status s = this->check_all(); !s) return s;
-        const index_t count = args.x.extents[0];
-        if (Status s = check_tokens<BalanceT>(stage, config_.shape, count, args.tokens); !s) return s;
-        if (Status s = check_view(stage, "x", args.x, count, config_.shape.width); !s) return s;
-        if (Status s = check_view(stage, "y", args.y, count, outputs() * config_.shape.width); !s) return s;
-        if (Types::uses_ids)
-            if (Status s = check_view(stage, "ids", args.tokens.ids, count); !s) return s;
-        if (args.prior.present())
-            if (Status s = check_view(stage, "prior", args.prior, count, config_.shape.experts); !s) return s;
-        if (Status s = check_apart(stage, "y", args.y, "x", args.x); !s) return s;
-        if (Status s = this->check_params(stage, args.params, PackedFor::inference); !s) return s;
+        if (Status s = this->check_forward_tensors(stage, args); !s) return s;
         if (Status s = check_blocks(stage, args.context, args.workspace); !s) return s;
         return check_state(stage, args.state);
+    }
+    Status check_backward(const BackwardArgs& args) const {
+        constexpr std::string_view stage = "layer.backward";
+        if (Status s = check_blocks(stage, args.context, args.workspace); !s) return s;
+        return this->check_backward_tensors(stage, args, place<HostContext>(args.context.host.data(), dims_).call[0]);
     }
     Status check_blocks(std::string_view stage, const QueuedBlock& context, const QueuedBlock& workspace) const {
         const auto check = [&](const std::string& name, const QueuedBlock& block, const QueuedBytes& bytes) {
@@ -336,26 +331,6 @@ private:
         };
         if (Status s = check("context", context, context_bytes()); !s) return s;
         return check("workspace", workspace, workspace_bytes());
-    }
-
-    Status check_backward(const BackwardArgs& args) const {
-        constexpr std::string_view stage = "layer.backward";
-        if (Status s = check_blocks(stage, args.context, args.workspace); !s) return s;
-        const CallInfo& call = place<HostContext>(args.context.host.data(), dims_).call[0];
-        if (Status s = check_call(stage, call, context_layout_, CallInfo::Phase::ready); !s) return s;
-        if (Status s = check_view(stage, "x", args.x, call.tokens, config_.shape.width); !s) return s;
-        if (Status s = check_view(stage, "dy", args.dy, call.tokens, outputs() * config_.shape.width); !s) return s;
-        if (Status s = check_view(stage, "dx", args.dx, call.tokens, config_.shape.width); !s) return s;
-        if (Status s = check_apart(stage, "dx", args.dx, "x", args.x); !s) return s;
-        if (Status s = check_apart(stage, "dx", args.dx, "dy", args.dy); !s) return s;
-        const auto check_logits = [&](std::string_view name, const auto& tensor) {
-            return tensor.present() ? check_view(stage, name, tensor, call.tokens, config_.shape.experts) : Status{};
-        };
-        if (Status s = check_logits("prior", args.prior); !s) return s;
-        if (Status s = check_logits("dprior", args.dprior); !s) return s;
-        if (Status s = check_logits("dlogits", args.dlogits); !s) return s;
-        if (Status s = this->check_params(stage, args.params, PackedFor::training); !s) return s;
-        return check_bundle(stage, "grads", Absent::fine, args.grads, dims_);
     }
 };
 

@@ -125,8 +125,9 @@ protected:
         return check_bundle(stage, name, matrices, params, of.expert, of.shape);
     }
 
-    Status check_forward(const ForwardArgs& args) const {
-        constexpr std::string_view stage = "layer.forward";
+    /// Sizes, the call's tokens and the caller's tensors. `Args` are those of forward.
+    template <class Args>
+    Status check_forward_tensors(std::string_view stage, const Args& args) const {
         if (Status s = check_all(); !s) return s;
         const index_t count = args.x.extents[0];
         if (Status s = check_tokens<Balance>(stage, config_.shape, count, args.tokens); !s) return s;
@@ -137,19 +138,11 @@ protected:
         if (args.prior.present())
             if (Status s = check_view(stage, "prior", args.prior, count, config_.shape.experts); !s) return s;
         if (Status s = check_apart(stage, "y", args.y, "x", args.x); !s) return s;
-        if (Status s = check_params(stage, args.params, PackedFor::inference); !s) return s;
-        if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
-        if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
-        if (Balance::communicates && args.stack != nullptr)
-            if (Status s = check_stack(stage, *args.stack, args.row, dims_.wire_words()); !s) return s;
-        return check_state(stage, args.state);
+        return check_params(stage, args.params, PackedFor::inference);
     }
-
-    Status check_backward(const BackwardArgs& args) const {
-        constexpr std::string_view stage = "layer.backward";
-        if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
-        if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
-        const CallInfo& call = place<Context>(args.context.data(), dims_).call[0];
+    /// The call that backward belongs to, and the caller's tensors. `Args` are those of backward.
+    template <class Args>
+    Status check_backward_tensors(std::string_view stage, const Args& args, const CallInfo& call) const {
         if (Status s = check_call(stage, call, context_layout_, CallInfo::Phase::ready); !s) return s;
         if (Status s = check_view(stage, "x", args.x, call.tokens, config_.shape.width); !s) return s;
         if (Status s = check_view(stage, "dy", args.dy, call.tokens, outputs() * config_.shape.width); !s) return s;
@@ -167,6 +160,22 @@ protected:
                                   "none: this router has no logits for each token", "a tensor");
         if (Status s = check_params(stage, args.params, PackedFor::training); !s) return s;
         return check_bundle(stage, "grads", Absent::fine, args.grads, dims_);
+    }
+
+    Status check_forward(const ForwardArgs& args) const {
+        constexpr std::string_view stage = "layer.forward";
+        if (Status s = check_forward_tensors(stage, args); !s) return s;
+        if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
+        if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
+        if (Balance::communicates && args.stack != nullptr)
+            if (Status s = check_stack(stage, *args.stack, args.row, dims_.wire_words()); !s) return s;
+        return check_state(stage, args.state);
+    }
+    Status check_backward(const BackwardArgs& args) const {
+        constexpr std::string_view stage = "layer.backward";
+        if (Status s = check_block(stage, "context", args.context, bytes_of<Context>(dims_)); !s) return s;
+        if (Status s = check_block(stage, "workspace", args.workspace, bytes_of<Workspace>(dims_)); !s) return s;
+        return check_backward_tensors(stage, args, place<Context>(args.context.data(), dims_).call[0]);
     }
 
     /// Copies what backward must know of the call; the caller's mask and offsets need not outlive forward.
