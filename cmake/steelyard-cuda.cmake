@@ -10,6 +10,10 @@ target_link_libraries(steelyard_cuda PUBLIC steelyard CUDA::cudart CUDA::cublas)
 # knows no cuda_std_20 of compilers that are newer than itself.
 target_compile_options(steelyard_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --expt-relaxed-constexpr -diag-suppress=2810 -Xcompiler=-Wall,-Wextra>)
+# The grouped kernels are made of instructions that only this target has; without it experts are looped over.
+if(STEELYARD_CUDA_ARCHITECTURES MATCHES "90a")
+  target_compile_definitions(steelyard_cuda PRIVATE STEELYARD_CUDA_SM_90A)
+endif()
 set_target_properties(steelyard_cuda PROPERTIES
   EXPORT_NAME cuda
   CUDA_ARCHITECTURES "${STEELYARD_CUDA_ARCHITECTURES}"

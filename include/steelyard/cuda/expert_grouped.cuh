@@ -81,8 +81,15 @@ public:
         for (int r = 0; r + 1 < View::rank; ++r) fine = fine && tensor.strides[r] % 8 == 0;
         return fine && tensor.extents[View::rank - 1] % 8 == 0;
     }
-    /// The GPU has the instructions. Kernels are built for it alone.
-    static bool runs_here() { return Gpu::current().is_sm_90; }
+    /// The GPU has the instructions, and the kernels were compiled for the target that has them: sm_90a, which the
+    /// build says by STEELYARD_CUDA_SM_90A.
+    static bool runs_here() {
+#if defined(STEELYARD_CUDA_SM_90A)
+        return Gpu::current().is_sm_90;
+#else
+        return false;
+#endif
+    }
 
     static index_t scratch_bytes(index_t rows, index_t hidden) {
         const index_t inner = rows * hidden * static_cast<index_t>(sizeof(bf16));

@@ -125,7 +125,7 @@ public:
 
     /// Enqueues y and, under Mode::train, the statistics and this call's balance loss.
     Status forward(const CommT& comm, const ForwardArgs& args) const {
-        if (Status s = check_forward(args); !s) return s;
+        if (Status s = check_forward(args); !s) return refuse_together(comm, args, std::move(s));
         const auto host = place<HostContext>(args.context.host.data(), dims_);
         const auto context = place<Context>(args.context.device.data(), dims_);
         const auto workspace = place<DeviceWorkspace>(args.workspace.device.data(), dims_, config_.device);
@@ -140,10 +140,10 @@ public:
             }
         }
         if (Status s = dims_.routed.route(this->routed_call(args, tokens, workspace.main, bias), context.routed); !s)
-            return s;
+            return refuse_together(comm, args, std::move(s));
         if constexpr (Types::Parts::has_shared)
             if (Status s = dims_.shared.route(this->shared_call(args, tokens, workspace.main), context.shared); !s)
-                return s;
+                return refuse_together(comm, args, std::move(s));
         const bool train = tokens.mode == Mode::train;
         if (train)
             if (Status s = observe(comm, args, host, context, workspace, state); !s) return s;
@@ -259,7 +259,7 @@ private:
                 .layout = context_layout_,
                 .mode = args.tokens.mode,
                 .tokens = count,
-                .valid_tokens = count,
+                .valid_tokens = args.tokens.mask.present() ? -1 : count,  // -1: the device's to count
                 .step = args.tokens.step};
         if (args.tokens.mask.present()) {
             call.masked = 1;
@@ -298,7 +298,7 @@ private:
         auto* const conclusion = std::construct_at(
             host.conclusion.data,
             Conclusion{config_.balance, seen, state, host.balance, wire, this->key(at, false), host.pending.data,
-                       host.refused.data, config_.balance.exchanges(state.balance, at)});
+                       host.refused.data, config_.balance.exchanges(state.balance, at), config_.shape});
         host.pending[0] = 1;
         const DeviceT beside = Memory::fork(config_.device);
         config_.balance.observe(beside, seen, state.balance, host.balance, workspace.beside.data);
@@ -311,6 +311,27 @@ private:
         }
         Memory::run_on_host(beside, Conclusion::conclude, conclusion);
         return {};
+    }
+
+    /// A refusal of a forward that the other ranks wait in: takes part in their sum with a word that says so, where the
+    /// arguments allow it. Answers with the refusal itself.
+    Status refuse_together([[maybe_unused]] const CommT& comm, [[maybe_unused]] const ForwardArgs& args,
+                           Status refusal) const {
+        if constexpr (BalanceT::communicates) {
+            const StepInfo& at = args.tokens.step;
+            const bool able = this->check_all().ok() && args.tokens.mode == Mode::train && at.step >= 0 &&
+                              at.micro_step >= 0 && at.micro_step < config_.shape.micro_steps &&
+                              check_blocks("", args.context, args.workspace).ok() && check_state("", args.state).ok();
+            if (!able) return refusal;
+            Memory::wait(Memory::fork(config_.device));  // the log, and the wire, are at rest
+            if (!config_.balance.exchanges(place<State>(args.state.data(), dims_).balance, at)) return refusal;
+            const auto wire = place<HostWorkspace>(args.workspace.host.data(), dims_).wire;
+            std::fill_n(wire.data, wire.size(), std::int64_t{0});
+            SumHead::write(wire, this->key(at, false), true);
+            const std::span<std::int64_t> words{wire.data, static_cast<std::size_t>(wire_words())};
+            if (comm.begin_sum(words)) (void)comm.end_sum(words);
+        }
+        return refusal;
     }
 
     Status check_forward(const ForwardArgs& args) const {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <type_traits>
 
@@ -68,6 +69,7 @@ struct QueuedTypes {
         std::int64_t* pending = nullptr;
         std::int64_t* refused = nullptr;
         bool summing = false;
+        LayerShape shape;
 
         static void post(void* self) {
             const auto& of = *static_cast<Conclusion*>(self);
@@ -82,8 +84,21 @@ struct QueuedTypes {
             if (of.summing) summed = SumHead::check("layer.forward", of.wire);
             *of.refused = static_cast<std::int64_t>(summed.code());
             Wire<> words = of.summing ? behind_head(of.wire) : Wire<>();
-            if (summed) of.balance.conclude(of.seen, of.state.balance, of.record, words);
+            if (summed)
+                of.balance.conclude(of.seen, of.state.balance, of.record, words);
+            else
+                of.spoil();
             std::atomic_ref<std::int64_t>(*of.pending).store(0, std::memory_order_release);
+        }
+        /// Without a sum there are no slopes: a backward that is enqueued already shall not pass for one with them.
+        void spoil() const {
+            Record all = record;
+            const auto fill = [](const auto&, const auto& tensor) {
+                using Number = typename std::decay_t<decltype(tensor)>::value_type;
+                if constexpr (std::is_same_v<Number, double>)
+                    std::fill_n(tensor.data, tensor.size(), std::numeric_limits<double>::quiet_NaN());
+            };
+            for_each_tensor(all, fill, balance, shape);
         }
         static Wire<> behind_head(view<std::int64_t, 1> wire) {
             return Wire<>(wire.slice(SumHead::words, wire.extents[0]));

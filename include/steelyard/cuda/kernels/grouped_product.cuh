@@ -121,6 +121,8 @@ __global__ void __launch_bounds__(Block::threads, 1)
         }
         hopper::wait_stores_read<0>();
     }
+#else
+    __trap();  // compiled for another target: GroupedFfn::runs_here does not let it come to that
 #endif
 }
 
