@@ -319,8 +319,8 @@ private:
                            Status refusal) const {
         if constexpr (BalanceT::communicates) {
             const StepInfo& at = args.tokens.step;
-            const bool able = this->check_all().ok() && args.tokens.mode == Mode::train && at.step >= 0 &&
-                              at.micro_step >= 0 && at.micro_step < config_.shape.micro_steps &&
+            const bool able = comm.size() > 1 && this->check_all().ok() && args.tokens.mode == Mode::train &&
+                              at.step >= 0 && at.micro_step >= 0 && at.micro_step < config_.shape.micro_steps &&
                               check_blocks("", args.context, args.workspace).ok() && check_state("", args.state).ok();
             if (!able) return refusal;
             Memory::wait(Memory::fork(config_.device));  // the log, and the wire, are at rest
