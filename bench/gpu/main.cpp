@@ -6,6 +6,7 @@
 #include <regex>
 
 #include "gpu/layer.hpp"
+#include "gpu/timeline.hpp"
 
 using namespace bench;
 using json = nlohmann::json;
@@ -157,30 +158,47 @@ json stages(const Case& of, const Cuda& device, const Limits& limits) {
 /// synchronised.
 json synchronized_cost(const Case& of, const Cuda& device) {
     const auto time = [&](const auto& timed) {
-        return time_calls(device.stream, 21, [&](int turn) { timed.forward(turn), timed.backward(turn); });
+        return time_calls(device.stream, 15, [&](int turn) { timed.forward(turn), timed.backward(turn); });
     };
     std::vector<double> costs;
     json result;
     {
         const TimedLayer<MicroBatchLoss> micro(of, device);
         const TimedLayer<SynchronizedLoss> synchronized(of, device);
-        for (int round = 0; round < 3; ++round) costs.push_back(time(synchronized).median / time(micro).median - 1);
+        for (int round = 0; round < 9; ++round) costs.push_back(time(synchronized).median / time(micro).median - 1);
     }
     std::sort(costs.begin(), costs.end());
-    std::printf("Synchronized over MicroBatch at T %lld: %+.2f %%\n", static_cast<long long>(of.tokens),
-                100 * costs[1]);
-    result = {{"tokens", of.tokens}, {"cost", costs[1]}, {"low", costs[0]}, {"high", costs[2]}};
+    std::printf("Synchronized over MicroBatch at T %lld: %+.2f %% (quartiles %+.2f, %+.2f)\n",
+                static_cast<long long>(of.tokens), 100 * costs[4], 100 * costs[2], 100 * costs[6]);
+    result = {{"tokens", of.tokens}, {"cost", costs[4]}, {"low", costs[2]}, {"high", costs[6]}};
     return result;
+}
+
+/// What the GPU does in one forward and one backward with a synchronised loss.
+void timeline(const Case& of, const Cuda& device) {
+    const TimedLayer<SynchronizedLoss> timed(of, device);
+    const auto once = [&](int turn) {
+        timed.forward(turn), timed.backward(turn);
+        check(cudaStreamSynchronize(device.stream));
+    };
+    once(0), once(1);
+    Timeline line;
+    once(2);
+    std::printf("timeline: forward and backward, SynchronizedLoss: T %lld d %lld h %lld E %lld K %d\n",
+                static_cast<long long>(of.tokens), static_cast<long long>(of.width), static_cast<long long>(of.hidden),
+                static_cast<long long>(of.experts), of.top_k);
+    print(line.stop());
 }
 
 }  // namespace
 
 int main(int argc, char** argv) try {
     CLI::App app("The layer on a GPU, in shares of what the GPU does in the same run.");
-    bool quick = false, skip_rest = false;
+    bool quick = false, skip_rest = false, only_timeline = false;
     std::string filter = ".*", out, commit = "unknown";
     app.add_flag("--quick", quick, "Fewer numbers of tokens, uniform routing");
     app.add_flag("--cases-only", skip_rest, "Neither stages nor what synchronising costs");
+    app.add_flag("--timeline", only_timeline, "When each kernel ran in one step, and nothing else");
     app.add_option("--filter", filter, "Cases whose names match");
     app.add_option("--out", out, "Where the JSON goes");
     app.add_option("--commit", commit, "What was measured");
@@ -191,6 +209,11 @@ int main(int argc, char** argv) try {
     }
     steelyard::CudaResources resources;
     const Cuda device = resources.device();
+    if (only_timeline) {
+        timeline({"grid", 32768, 4096, 1024, 128, 8}, device);
+        timeline({"synchronized", 16384, 2048, 768, 128, 8}, device);
+        return 0;
+    }
     const Limits limits{dense_rate(device), copy_rate(device)};
     std::printf("limits: dense bf16 product %.0f TFLOP/s, copying %.0f GB/s\n", limits.dense / 1e12, limits.copy / 1e9);
     json all = {{"commit", commit}, {"limits", {{"dense_flops", limits.dense}, {"copy_bytes", limits.copy}}}};

@@ -217,6 +217,7 @@ TEST_CASE("grouped experts agree with the CPU's in double, at awkward sizes, and
     compare<bf16>({40, 64, 64, 512, 8}, CudaExperts::grouped);
     compare<bf16>({200, 64, 64, 4, 4}, CudaExperts::grouped);  // K = E
     compare<bf16>({1500, 520, 264, 4, 2}, CudaExperts::grouped);
+    compare<bf16>({2600, 1032, 392, 8, 2}, CudaExperts::grouped);  // more pairs of tiles than the GPU has of blocks
 }
 
 TEST_CASE("grouped experts have every activation, gated and not") {

@@ -50,6 +50,32 @@ TEST_CASE("every tile of an expert has one place") {
     CHECK(place_of(48, 40, 3).m == 16);
 }
 
+TEST_CASE("pairs of blocks have every tile of an expert once, and say truly whether they share columns") {
+    for (int m = 1; m <= 40; m += m < 18 ? 1 : 7)
+        for (int n : {1, 2, 3, 8, 11}) {
+            CAPTURE(m);
+            CAPTURE(n);
+            std::vector<int> seen(static_cast<std::size_t>(m * n));
+            int missing = 0;
+            for (int index = 0; index < pairs_of(m, n); ++index) {
+                const TilePlace pair[] = {place_in_pair(index, 0, m, n), place_in_pair(index, 1, m, n)};
+                REQUIRE(pair[0].shares_b == pair[1].shares_b);
+                REQUIRE(pair[0].shares_b == (pair[0].n == pair[1].n));
+                for (const TilePlace& place : pair) {
+                    REQUIRE(place.m >= 0);
+                    REQUIRE(place.m < m);
+                    REQUIRE(place.n >= 0);
+                    if (place.n == n)
+                        ++missing;
+                    else
+                        ++seen[static_cast<std::size_t>(place.m * n + place.n)];
+                }
+            }
+            for (int count : seen) REQUIRE(count == 1);
+            REQUIRE(missing == (m % 2) * (n % 2));
+        }
+}
+
 TEST_CASE("tiles of an expert are counted from its rows") {
     const TileCount of_rows{128, 3};
     CHECK(of_rows(0) == 0);

@@ -74,11 +74,12 @@ public:
     using Space = CudaSpace;
     static constexpr int most_experts = 512;
 
-    /// Whether the copy engine can read a tensor: 16-byte rows.
+    /// Whether the copy engine can read a tensor: 16-byte rows. And rows are gathered by 32-bit numbers of 16 bytes.
     template <class View>
     static bool fits(const View& tensor) {
         bool fine = reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0;
         for (int r = 0; r + 1 < View::rank; ++r) fine = fine && tensor.strides[r] % 8 == 0;
+        if (View::rank == 2) fine = fine && tensor.extents[0] * tensor.strides[0] < index_t{8} << 32;
         return fine && tensor.extents[View::rank - 1] % 8 == 0;
     }
     /// The GPU has the instructions, and the kernels were compiled for the target that has them: sm_90a, which the
@@ -253,53 +254,56 @@ private:
                           const FfnWeights<bf16, Space>& grads) const {
         const bool first = function_.gated && grads.gate.present(), second = grads.up.present();
         if (first || second) {
-            // The first of two, or the only one.
-            const auto& head = first ? grads.gate : grads.up;
+            // Turned, as x^T dgate: the smaller operand is the one that is gathered, and the other can be shared.
+            const auto& head = first ? grads.gate : grads.up;  // the first of two, or the only one
             const auto& tail = second ? grads.up : grads.gate;
             ProductMaps maps{};
-            maps.a[0] = turned_map(first ? from.gate : from.up);
-            maps.a[1] = second ? turned_map(from.up) : maps.a[0];
-            maps.b[0] = maps.b[1] = maps.a[0];  // not read
-            add_to(maps, head, tail);
-            GroupedProduct of = sum_over_rows(hidden_, width_, first && second ? 2 : 1);
+            maps.b[0] = turned_map(first ? from.gate : from.up);
+            maps.b[1] = second ? turned_map(from.up) : maps.b[0];
+            maps.a[0] = maps.a[1] = maps.b[0];  // not read
+            add_to(maps, head, tail, 64);
+            GroupedProduct of = sum_over_rows(width_, hidden_, first && second ? 2 : 1);
             gather(of, x_);
-            launch_large<Bring::rows_turned, Bring::gathered_turned>(maps, of, FinishAdd{});
+            launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAddTurned{});
         }
         if (grads.down.present()) {
             ProductMaps maps{};
             maps.b[0] = maps.b[1] = turned_map(from.inner);
             maps.a[0] = maps.a[1] = maps.b[0];  // not read
-            add_to(maps, grads.down, grads.down);
+            add_to(maps, grads.down, grads.down, 16);
             GroupedProduct of = sum_over_rows(width_, hidden_, 1);
             gather(of, dy);
             launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAdd{});
         }
     }
-    static void add_to(ProductMaps& maps, const view<bf16, 3, Space>& head, const view<bf16, 3, Space>& tail) {
+    /// `rows` of a box that is written.
+    static void add_to(ProductMaps& maps, const view<bf16, 3, Space>& head, const view<bf16, 3, Space>& tail,
+                       int rows) {
         maps.extra[0] = maker().weights(head, 128);
         maps.extra[1] = maker().weights(tail, 128);
-        maps.out[0] = maker().weights(head, 16);
-        maps.out[1] = maker().weights(tail, 16);
+        maps.out[0] = maker().weights(head, rows);
+        maps.out[1] = maker().weights(tail, rows);
     }
     [[nodiscard]] GroupedProduct sum_over_rows(int m, int n, int matrices) const {
         GroupedProduct of = product(0, n, 256);
-        of.m_tiles_of_one = tiles_of(m, 128);
-        of.tiles.m_tiles = matrices * of.m_tiles_of_one;
+        of.n_tiles_of_one = of.tiles.n_tiles;
+        of.tiles.n_tiles = matrices * of.n_tiles_of_one;
+        of.tiles.m_tiles = tiles_of(m, 128);
         return of;
     }
 
     template <Bring a, Bring b, class Finish>
     void launch(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
         if (columns_ == 128)
-            launch_by<a, b, ProductBlock<1, 128>>(maps, of, finish);
+            launch_by<a, b, ProductBlock<1, 128, false>>(maps, of, finish);
         else if (small_)
-            launch_by<a, b, ProductBlock<1, 256>>(maps, of, finish);
+            launch_by<a, b, ProductBlock<1, 256, false>>(maps, of, finish);
         else
-            launch_by<a, b, ProductBlock<2, 256>>(maps, of, finish);
+            launch_large<a, b>(maps, of, finish);
     }
     template <Bring a, Bring b, class Finish>
     void launch_large(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
-        launch_by<a, b, ProductBlock<2, 256>>(maps, of, finish);
+        launch_by<a, b, ProductBlock<2, 256, true>>(maps, of, finish);
     }
     template <Bring a, Bring b, class Block, class Finish>
     void launch_by(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
@@ -312,8 +316,17 @@ private:
             check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             Block::shared_bytes(most_experts)),
                        "cudaFuncSetAttribute");
-        kernel<<<gpu.multiprocessors, Block::threads, shared, device_.stream>>>(maps, of, finish);
-        check_call(cudaGetLastError(), "grouped_product");
+        cudaLaunchAttribute pairs{};
+        pairs.id = cudaLaunchAttributeClusterDimension;
+        pairs.val.clusterDim = {Block::cluster, 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = static_cast<unsigned>(gpu.multiprocessors / Block::cluster * Block::cluster);
+        config.blockDim = Block::threads;
+        config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+        config.stream = device_.stream;
+        config.attrs = &pairs;
+        config.numAttrs = 1;
+        check_call(cudaLaunchKernelEx(&config, kernel, maps, of, finish), "grouped_product");
     }
 
     Cuda device_;

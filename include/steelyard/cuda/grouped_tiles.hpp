@@ -34,16 +34,28 @@ struct Divisor {
 /// A tile of one expert's product, in tiles.
 struct TilePlace {
     int m = 0, n = 0;
+    bool shares_b = false;  ///< with the other block of its pair: the same columns
 };
 
 /// Tile `index` of an expert's m_tiles x n_tiles. Tiles that run at the same time lie close together, so that what they
 /// read is read from the L2 cache: up to `together` tiles of rows take turns before the next columns come.
-constexpr TilePlace place_of(int index, int m_tiles, int n_tiles) {
-    constexpr int together = 16;
+constexpr TilePlace place_of(int index, int m_tiles, int n_tiles, int together = 16) {
     const int group = index / (together * n_tiles), first = group * together;
     const int height = m_tiles - first < together ? m_tiles - first : together;
     const int within = index - group * together * n_tiles;
     return {first + within % height, within / height};
+}
+
+/// Pairs of tiles, for blocks that work in pairs: two tiles of rows of the same columns; and where the number of tiles
+/// of rows is odd, two tiles of columns of the last.
+constexpr int pairs_of(int m_tiles, int n_tiles) { return m_tiles / 2 * n_tiles + m_tiles % 2 * ((n_tiles + 1) / 2); }
+/// Tile 0 or 1 of pair `index`. Where n_tiles is odd too, one pair has but one tile: the other is n_tiles, which is
+/// none.
+constexpr TilePlace place_in_pair(int index, int which, int m_tiles, int n_tiles) {
+    const int whole = m_tiles / 2 * n_tiles;
+    if (index >= whole) return {m_tiles - 1, 2 * (index - whole) + which, false};
+    const TilePlace pair = place_of(index, m_tiles / 2, n_tiles, 8);
+    return {2 * pair.m + which, pair.n, true};
 }
 
 /// Walks over the tiles of all experts, an ascending number at a time. `first` [E + 1] are the experts' first tiles.
@@ -68,6 +80,7 @@ struct TileCount {
         return tiles_of(rows, m_tile);
     }
     [[nodiscard]] constexpr int operator()(index_t rows) const { return m(rows) * n_tiles; }
+    [[nodiscard]] constexpr int pairs(index_t rows) const { return pairs_of(m(rows), n_tiles); }
 };
 
 }  // namespace steelyard::cuda

@@ -228,8 +228,9 @@ struct FinishHiddenGradient {
                 const float da0 = d[32 * c + 2 * p], da1 = d[32 * c + 2 * p + 1];
                 const FunctionPoint p0 = point(g.x, u.x), p1 = point(g.y, u.y);
                 part[p % 2] += da0 * p0.a + da1 * p1.a;
-                if constexpr (gated) of_gate[p] = detail::pack_bf16(w * da0 * p0.by_gate, w * da1 * p1.by_gate);
-                of_up[p] = detail::pack_bf16(w * da0 * p0.by_up, w * da1 * p1.by_up);
+                const float wda0 = w * da0, wda1 = w * da1;
+                if constexpr (gated) of_gate[p] = detail::pack_bf16(wda0 * p0.by_gate, wda1 * p1.by_gate);
+                of_up[p] = detail::pack_bf16(wda0 * p0.by_up, wda1 * p1.by_up);
                 of_inner[p] = detail::pack_bf16(w * p0.a, w * p1.a);
             }
             if constexpr (gated) detail::store_rows(of_gate, steps, 0, dgate, tile, column, width);
@@ -254,8 +255,7 @@ private:
     }
 };
 
-/// Gradients of weights (+=), [E, m, n]: of one matrix, or of two that have the same rows of k. Map `out` and map
-/// `extra` of each are the same tensor.
+/// Gradients of weights (+=), [E, m, n]. Map `out`, of 16 rows, and map `extra`, of 128, are the same tensor.
 struct FinishAdd {
     /// What is added to: 128 columns at a time, in two boxes.
     template <class Block>
@@ -296,6 +296,76 @@ struct FinishAdd {
             hopper::close_stores();
         }
     }
+};
+
+/// Gradients of weights (+=), [E, n, m]: sums lie turned in them. Of one matrix, or of two beside each other. Map
+/// `out`, of 64 rows, and map `extra`, of 128, of each are the same tensor.
+struct FinishAddTurned {
+    /// What is added to: 128 rows at a time, in boxes of 64 columns, one for each warpgroup.
+    template <class Block>
+    static constexpr int extra_steps = Block::columns / 128;
+    template <class Block>
+    static constexpr int extra_bytes() {
+        return Block::multipliers * box_bytes;
+    }
+    template <class Block, class Tile>
+    __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
+                                 std::uint32_t full) {
+        for (int box = 0; box < Block::multipliers; ++box)
+            hopper::copy_box(to + box * box_bytes, maps.extra[tile.matrix], full, tile.m * Block::rows + 64 * box,
+                             tile.n * Block::columns + 128 * step, tile.expert);
+    }
+
+    /// A warp's sums are 16 columns of 256 rows here: narrow for a store, so that the four of a warpgroup lay 64 by 64
+    /// out together.
+    template <class Steps>
+    __device__ void operator()(const FinishedTile& tile, const float (&d)[Steps::Block::sums],
+                               const Steps& steps) const {
+        using Block = typename Steps::Block;
+        constexpr int barrier = 2;  // the first of one for each warpgroup
+        const int group = tile.in_tile / 64, warp = tile.in_tile % 64 / 16;
+        // Lane l's row of the matrices that are moved together: l % 8 of 8 or 16 rows, in one of two chunks.
+        const int row = steps.lane / 16 * 8 + steps.lane % 8;
+        const int within = row * 128 + ((2 * warp + steps.lane / 8 % 2 ^ steps.lane % 8) << 4);
+        const std::uint32_t room = steps.chunk - warp * Block::chunk_bytes;
+        std::uint32_t box = 0;
+#pragma unroll
+        for (int c = 0; c < Block::columns / 64; ++c) {
+            if (c % 2 == 0) box = hopper::shared_address(steps.take()) + group * box_bytes;
+            std::uint32_t pairs[16];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                std::uint32_t of[4];
+                hopper::load_matrices_turned(box + c % 2 * 8192 + j * 2048 + within, of);
+#pragma unroll
+                for (int q = 0; q < 4; ++q) pairs[4 * j + q] = of[q];
+            }
+            if (c % 2 == 1) steps.give();
+#pragma unroll
+            for (int p = 0; p < 16; ++p) {
+                const float2 old = detail::unpack_bf16(pairs[p]);
+                pairs[p] = detail::pack_bf16(old.x + d[32 * c + 2 * p], old.y + d[32 * c + 2 * p + 1]);
+            }
+            const std::uint32_t at = room + steps.stores++ % 2 * 8192;
+            const bool stores = warp == 0 && steps.lane == 0;
+            if (stores) hopper::wait_stores_read<1>();
+            hopper::sync_threads_of(barrier + group, 128);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                hopper::store_matrices_turned(at + j * 2048 + within, pairs[4 * j], pairs[4 * j + 1], pairs[4 * j + 2],
+                                              pairs[4 * j + 3]);
+            hopper::publish_shared();
+            hopper::sync_threads_of(barrier + group, 128);
+            if (!stores) continue;
+            // What lies outside the matrix is not written.
+            hopper::store_box(steps.maps.out[tile.matrix], at, tile.m - 16 * warp, tile.n * Block::columns + 64 * c,
+                              tile.expert);
+            hopper::close_stores();
+        }
+    }
+
+private:
+    static constexpr int box_bytes = 128 * 128;  // 128 rows of 64
 };
 
 /// dweight[t, k] += the parts of row r, in order of the columns, for every row of the plan.

@@ -16,9 +16,9 @@ enum class Bring {
     weights,          ///< b: a weight [E, n, k]
     weights_turned,   ///< b: a weight [E, k, n]
     rows,             ///< a: grouped rows [N, k]
-    rows_turned,      ///< a or b: grouped rows, summed over
+    rows_turned,      ///< b: grouped rows, summed over
     gathered,         ///< a: rows of tokens, [T, k] through the plan
-    gathered_turned,  ///< a or b: rows of tokens, summed over
+    gathered_turned,  ///< a: rows of tokens, summed over
 };
 
 constexpr bool is_turned(Bring bring) {
@@ -44,7 +44,7 @@ struct GroupedProduct {
     int segments = 1;        ///< a_0 b_0 + a_1 b_1
     int k_steps = 0;         ///< of 64 in each segment, where k is not over rows
     bool halved = false;     ///< half of a tile's columns are of each of two weights
-    int m_tiles_of_one = 0;  ///< results that rows are summed into: tiles of rows of the first of two
+    int n_tiles_of_one = 0;  ///< of two results beside each other that rows are summed into: those of the first
 };
 
 /// What a finish is told of its tile.
@@ -58,9 +58,12 @@ struct FinishedTile {
     int matrix = 0;   ///< which of two results
 };
 
-/// Sizes of a block: `multiplying` warpgroups that each multiply 64 rows by `width` columns, and one that loads.
-template <int multiplying, int width>
+/// Sizes of a block: `multiplying` warpgroups that each multiply 64 rows by `width` columns, and one that loads. Blocks
+/// in `pairs` (clusters of two) compute two tiles with the same b where they can, and bring half of it each, to both.
+template <int multiplying, int width, bool in_pairs>
 struct ProductBlock {
+    static constexpr bool pairs = in_pairs;
+    static constexpr int cluster = in_pairs ? 2 : 1;
     static constexpr int multipliers = multiplying, threads = 128 * (multipliers + 1);
     static constexpr int rows = 64 * multipliers, columns = width, depth = 64;
     static constexpr int sums = columns / 2;  // of a thread
@@ -68,8 +71,6 @@ struct ProductBlock {
     static constexpr int stages = (200 << 10) / stage_bytes;
     static constexpr int chunk_bytes = 2 * 16 * 128;  // a warp's, on the way to global memory
     static constexpr int turned_block = 64 * 128;     // 64 k of 64 m or n
-    /// Gathered copies have this many steps to come before their thread waits for them.
-    static constexpr int lag = 2;
 
     static constexpr int shared_bytes(int experts) {
         return stages * stage_bytes + 4 * multipliers * chunk_bytes + 2 * stages * 8 + (experts + 1) * 4;
@@ -94,11 +95,15 @@ struct ProductShared {
     __device__ int* first() const { return reinterpret_cast<int*>(chunk(4 * Block::multipliers) + 16 * Block::stages); }
 };
 
-/// first [E + 1] (=): the running sum of the experts' tiles, by all threads of the block. Counts are read together,
-/// before one warp adds them up: few tokens are done before they would have been read one after the other.
-__device__ inline void count_tiles(const GroupedProduct& of, int* first) {
-    for (int e = threadIdx.x; e <= of.experts; e += blockDim.x)
-        first[e] = e == 0 ? 0 : of.tiles(of.offsets[e] - of.offsets[e - 1]);
+/// first [E + 1] (=): the running sum of the experts' tiles, or pairs of them, by all threads of the block. Counts are
+/// read together, before one warp adds them up: few tokens are done before they would have been read one after the
+/// other.
+template <bool pairs>
+__device__ void count_tiles(const GroupedProduct& of, int* first) {
+    for (int e = threadIdx.x; e <= of.experts; e += blockDim.x) {
+        const index_t rows = e == 0 ? 0 : of.offsets[e] - of.offsets[e - 1];
+        first[e] = e == 0 ? 0 : pairs ? of.tiles.pairs(rows) : of.tiles(rows);
+    }
     __syncthreads();
     const int lane = threadIdx.x;
     if (lane < 32) {
@@ -118,25 +123,31 @@ __device__ inline void count_tiles(const GroupedProduct& of, int* first) {
 }
 
 /// One tile as loaders and multipliers see it.
-template <bool over_rows>
+template <bool over_rows, bool pairs>
 struct ProductTile {
     int expert, m, n, matrix, steps;
     index_t first_row;  // of the expert
-    int rows;           // of the expert
+    int rows;           // of the expert; of a pair's tile that is none and has rows of a result: 0
+    bool shares_b;
 
-    __device__ ProductTile(const GroupedProduct& of, const TileWalk& walk, int index) {
+    __device__ ProductTile(const GroupedProduct& of, const TileWalk& walk, int index, int rank) {
         expert = walk.expert;
         first_row = of.offsets[expert];
         rows = static_cast<int>(of.offsets[expert + 1] - first_row);
-        const TilePlace place = place_of(index - walk.first[expert], of.tiles.m(rows), of.tiles.n_tiles);
+        const int within = index - walk.first[expert], m_tiles = of.tiles.m(rows), n_tiles = of.tiles.n_tiles;
+        const TilePlace place =
+            pairs ? place_in_pair(within, rank, m_tiles, n_tiles) : place_of(within, m_tiles, n_tiles);
         m = place.m;
         n = place.n;
-        matrix = 0;
-        if (over_rows && m >= of.m_tiles_of_one) {
-            matrix = 1;
-            m -= of.m_tiles_of_one;
-        }
+        shares_b = place.shares_b;
         steps = over_rows ? tiles_of(rows, 64) : of.segments * of.k_steps;
+        matrix = 0;
+        if (over_rows && n_tiles > of.n_tiles_of_one && n >= of.n_tiles_of_one) {
+            matrix = 1;
+            n -= of.n_tiles_of_one;
+        }
+        // What lies behind the last column is read as 0 and not written; but of rows, a finish writes more.
+        if (!over_rows && n >= n_tiles) rows = 0;
     }
 };
 

@@ -10,25 +10,28 @@ namespace steelyard::cuda::detail {
 /// The loading warpgroup.
 template <Bring a, Bring b, class Block, class Finish>
 struct ProductLoader {
-    static constexpr bool gathers = is_gathered(a) || is_gathered(b), over_rows = is_turned(a);
-    static constexpr int copied_bytes = (is_gathered(a) ? 0 : Block::a_bytes) + (is_gathered(b) ? 0 : Block::b_bytes);
-    using Tile = ProductTile<over_rows>;
+    static_assert(!is_gathered(b), "what is gathered is a, the smaller one");
+    static constexpr bool gathers = is_gathered(a), over_rows = is_turned(a);
+    static constexpr int rows_at_once = 16;  // that the warpgroup gathers, 16 bytes a thread
+    static constexpr int copied_bytes = (gathers ? 0 : Block::a_bytes) + Block::b_bytes;
+    using Tile = ProductTile<over_rows, Block::pairs>;
 
     const ProductMaps& maps;
     const GroupedProduct& of;
     ProductShared<Block> shared;
     int thread;      // 0 to 127
+    int rank;        // of the block in its pair
     int issued = 0;  // steps
 
-    // A thread gathers 16 bytes, number thread % 8, of rows thread / 8, 16 further on, and so on. All of these are at
+    // A thread gathers 16 bytes, number thread % 8, of rows thread / 8, and so on in steps of 16. All of these are at
     // the same place of the swizzle.
     __device__ std::uint32_t place_in_rows() const { return thread / 8 * 128 + ((thread % 8 ^ thread / 8 % 8) << 4); }
 
     __device__ void run(int total) {
         TileWalk walk{shared.first()};
-        for (int index = blockIdx.x; index < total; index += gridDim.x) {
+        for (int index = blockIdx.x / Block::cluster; index < total; index += gridDim.x / Block::cluster) {
             walk.seek(index);
-            const Tile tile(of, walk, index);
+            const Tile tile(of, walk, index, rank);
             if constexpr (a == Bring::gathered)
                 load_gathered(tile);
             else if constexpr (gathers)
@@ -47,114 +50,123 @@ struct ProductLoader {
                 close_step();
             }
         }
-        if constexpr (gathers)
-            for (int step = issued > Block::lag ? issued - Block::lag : 0; step < issued; ++step) say_full<0>(step);
     }
 
-    /// The next step's stage, when it is free. What was gathered `lag` steps ago has come by then.
+    /// The next step's stage, when it is free.
     __device__ int free_stage() const {
-        if constexpr (gathers)
-            if (issued >= Block::lag) say_full<Block::lag - 1>(issued - Block::lag);
         const int stage = issued % Block::stages;
         hopper::wait(shared.empty(stage), issued / Block::stages % 2 ^ 1);
         return stage;
     }
+    /// The stage is full when what every thread has copied to it has come: nobody here waits for that.
     __device__ void close_step() {
-        if constexpr (gathers) hopper::close_copies();
+        if constexpr (gathers) hopper::arrive_when_copied(shared.full(issued % Block::stages));
         ++issued;
-    }
-    template <int left>
-    __device__ void say_full(int step) const {
-        hopper::wait_copies<left>();
-        hopper::publish_shared();
-        hopper::arrive(shared.full(step % Block::stages));
     }
 
     __device__ void copy_boxes(const Tile& tile, int step, int stage) const {
         const std::uint32_t full = shared.full(stage), to_a = shared.a(stage), to_b = shared.b(stage);
-        hopper::arrive_expecting(full, copied_bytes);
+        hopper::arrive_expecting(full, copied_bytes);  // the other block's half of b too
         const int segment = over_rows || step < of.k_steps ? 0 : 1, k = (step - segment * of.k_steps) * Block::depth;
         const int row = static_cast<int>(tile.first_row);
         if constexpr (a == Bring::rows) hopper::copy_box(to_a, maps.a[segment], full, k, row + tile.m * Block::rows);
-        if constexpr (a == Bring::rows_turned)
-            for (int i = 0; i < Block::multipliers; ++i)
-                hopper::copy_box(to_a + i * Block::turned_block, maps.a[tile.matrix], full,
-                                 tile.m * Block::rows + 64 * i, row + k);
-        if constexpr (b == Bring::weights) {
-            constexpr int half = Block::columns / 2;
-            const int n = tile.n * (of.halved ? half : Block::columns), second = of.halved ? 0 : half;
-            hopper::copy_box(to_b, maps.b[0], full, k, n, tile.expert);
-            hopper::copy_box(to_b + Block::b_bytes / 2, maps.b[1], full, k, n + second, tile.expert);
+        for (int half = 0; half < 2; ++half) {
+            if (tile.shares_b && half != rank) continue;  // the other block's, for both
+            const auto copy = [&](const auto&... what) {
+                if (tile.shares_b)
+                    hopper::share_box(what...);
+                else
+                    hopper::copy_box(what...);
+            };
+            if constexpr (b == Bring::weights) {
+                constexpr int width = Block::columns / 2;
+                const int n = of.halved ? tile.n * width : tile.n * Block::columns + half * width;
+                copy(to_b + half * Block::b_bytes / 2, maps.b[half], full, k, n, tile.expert);
+            } else {
+                constexpr int boxes = Block::columns / 128;
+                for (int i = half * boxes; i < (half + 1) * boxes; ++i) {
+                    const std::uint32_t to = to_b + i * Block::turned_block;
+                    const int n = tile.n * Block::columns + 64 * i;
+                    if constexpr (b == Bring::weights_turned)
+                        copy(to, maps.b[segment], full, n, k, tile.expert);
+                    else
+                        copy(to, maps.b[tile.matrix], full, n, row + k);
+                }
+            }
         }
-        if constexpr (b == Bring::weights_turned)
-            for (int i = 0; i < Block::columns / 64; ++i)
-                hopper::copy_box(to_b + i * Block::turned_block, maps.b[segment], full,
-                                 tile.n * Block::columns + 64 * i, k, tile.expert);
-        if constexpr (b == Bring::rows_turned)
-            for (int i = 0; i < Block::columns / 64; ++i)
-                hopper::copy_box(to_b + i * Block::turned_block, maps.b[0], full, tile.n * Block::columns + 64 * i,
-                                 row + k);
     }
 
-    /// All steps of a tile whose rows are tokens', k along them.
+    /// The first chunk of a token's row, in units of 16 bytes: half the registers of a pointer, and one instruction
+    /// to make an address of it.
+    __device__ std::uint32_t token_at(std::int32_t choice) const {
+        return static_cast<std::uint32_t>(of.top_k.quotient(choice)) * static_cast<std::uint32_t>(of.token_stride / 8);
+    }
+    __device__ const uint4* chunks() const { return reinterpret_cast<const uint4*>(of.tokens); }
+
+    /// All steps of a tile whose rows are tokens', k along them. Rows behind the expert's last repeat it: what comes of
+    /// them is written nowhere.
     __device__ void load_gathered(const Tile& tile) {
-        constexpr int own_rows = Block::rows / 16;
-        const bf16* from[own_rows];
+        constexpr int own_rows = Block::rows / rows_at_once;
+        std::uint32_t from[own_rows];
+        const std::int32_t* const choice = of.choice + tile.first_row + tile.m * Block::rows;
+        const int last = tile.rows - 1 - tile.m * Block::rows;  // below 0: a tile that is none, and may read any token
         for (int i = 0; i < own_rows; ++i) {
-            const int row = tile.m * Block::rows + thread / 8 + 16 * i;
-            from[i] =
-                row < tile.rows
-                    ? of.tokens + of.top_k.quotient(of.choice[tile.first_row + row]) * of.token_stride + thread % 8 * 8
-                    : nullptr;
+            const int row = min(thread / 8 + rows_at_once * i, last);
+            from[i] = row < 0 ? 0 : token_at(choice[row]) + thread % 8;
         }
         for (int step = 0; step < tile.steps; ++step) {
-            const int stage = free_stage(), k = step * Block::depth;
+            const int stage = free_stage();
             if (thread == 0) copy_boxes(tile, step, stage);
-            const bool inside = k + thread % 8 * 8 < of.token_width;
+            const bool inside = step * Block::depth + thread % 8 * 8 < of.token_width;
+            const int bytes = inside ? 16 : 0;
+            const uint4* const at = chunks() + (inside ? step * (Block::depth / 8) : 0);
             const std::uint32_t to = shared.a(stage) + place_in_rows();
 #pragma unroll
-            for (int i = 0; i < own_rows; ++i) {
-                const bool read = inside && from[i] != nullptr;
-                hopper::copy_16(to + i * 2048, read ? from[i] + k : of.tokens, read);
-            }
+            for (int i = 0; i < own_rows; ++i) hopper::copy_16(to + i * rows_at_once * 128, at + from[i], bytes);
             close_step();
         }
     }
 
     /// All steps of a tile whose k are tokens. Rows behind the expert's last become 0.
     __device__ void load_gathered_turned(const Tile& tile) {
-        constexpr int blocks = is_gathered(a) ? Block::multipliers : Block::columns / 64;
-        const int column = (is_gathered(a) ? tile.m * Block::rows : tile.n * Block::columns) + thread % 8 * 8;
-        // This thread's rows, counted from its first; `last` is -1 or less where it has none.
-        const int last = tile.rows - 1 - thread / 8;
-        const std::int32_t* const choice = of.choice + tile.first_row + (last < 0 ? last : 0) + thread / 8;
-        const bf16* const tokens = of.tokens + column;
-        const int left = of.token_width - column;  // columns from this thread's on
-        // Looked up a step ahead; behind the last row, a choice of some token, which is not read.
-        std::int32_t next[4];
+        constexpr int blocks = Block::multipliers, own_rows = Block::depth / rows_at_once;
+        const int last = tile.rows - 1;
+        const std::int32_t* const choice = of.choice + tile.first_row;
+        int bytes[blocks];
+        std::uint32_t column[blocks];
+        for (int block = 0; block < blocks; ++block) {
+            const int first = tile.m * Block::rows + 64 * block + thread % 8 * 8;
+            bytes[block] = first < of.token_width ? 16 : 0;
+            column[block] = first < of.token_width ? first / 8 : 0;
+        }
+        // Looked up a step ahead; behind the last row, the last again.
+        std::int32_t next[own_rows];
         const auto find = [&](int step) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) next[i] = choice[max(0, min(step * Block::depth + 16 * i, last))];
+            for (int i = 0; i < own_rows; ++i)
+                next[i] = choice[min(step * Block::depth + thread / 8 + rows_at_once * i, last)];
         };
         find(0);
         for (int step = 0; step < tile.steps; ++step) {
-            const bf16* from[4];
+            std::uint32_t from[own_rows];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) from[i] = tokens + of.top_k.quotient(next[i]) * of.token_stride;
+            for (int i = 0; i < own_rows; ++i) from[i] = token_at(next[i]);
             find(step + 1);
             const int stage = free_stage();
             if (thread == 0) copy_boxes(tile, step, stage);
-            const std::uint32_t to = (is_gathered(a) ? shared.a(stage) : shared.b(stage)) + place_in_rows();
+            const std::uint32_t to = shared.a(stage) + place_in_rows();
+            const auto copy = [&](auto is_row) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const bool row = step * Block::depth + 16 * i <= last;
+                for (int i = 0; i < own_rows; ++i)
 #pragma unroll
-                for (int block = 0; block < blocks; ++block) {
-                    const bool read = row && 64 * block < left;
-                    hopper::copy_16(to + i * 2048 + block * Block::turned_block,
-                                    read ? from[i] + 64 * block : of.tokens, read);
-                }
-            }
+                    for (int block = 0; block < blocks; ++block)
+                        hopper::copy_16(to + i * rows_at_once * 128 + block * Block::turned_block,
+                                        chunks() + (from[i] + column[block]), is_row(i) ? bytes[block] : 0);
+            };
+            if ((step + 1) * Block::depth <= tile.rows)
+                copy([](int) { return true; });
+            else
+                copy([&](int i) { return step * Block::depth + thread / 8 + rows_at_once * i <= last; });
             close_step();
         }
     }

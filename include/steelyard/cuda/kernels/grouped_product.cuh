@@ -9,16 +9,27 @@ namespace steelyard::cuda {
 
 namespace detail {
 
-/// Rows of the expert behind the last k, which a copy of grouped rows brought along, become 0.
-template <Bring a, Bring b, class Block>
+/// Rows behind the expert's last, which a copy of b brought along, become 0.
+template <class Block>
 __device__ void clear_tail(const ProductShared<Block>& shared, int stage, int valid, int thread) {
-    constexpr int blocks = a == Bring::rows_turned ? Block::multipliers : Block::columns / 64;
-    char* const at = shared.base + stage * Block::stage_bytes + (a == Bring::rows_turned ? 0 : Block::a_bytes);
+    constexpr int blocks = Block::columns / 64;
+    char* const at = shared.base + stage * Block::stage_bytes + Block::a_bytes;
     const int chunks = (Block::depth - valid) * 8;
     for (int i = thread; i < blocks * chunks; i += 128 * Block::multipliers)
         *reinterpret_cast<uint4*>(at + i / chunks * Block::turned_block + valid * 128 + i % chunks * 16) = uint4{};
     hopper::publish_shared();
     hopper::sync_threads_of(1, 128 * Block::multipliers);
+}
+
+/// A multiplying warp is done with a stage, which both blocks of a pair write to.
+template <class Block>
+__device__ void release(const ProductShared<Block>& shared, int step, int lane) {
+    const std::uint32_t empty = shared.empty(step % Block::stages);
+    if constexpr (Block::pairs) {
+        if (lane < Block::cluster) hopper::arrive_at(empty, lane);
+    } else {
+        if (lane == 0) hopper::arrive(empty);
+    }
 }
 
 }  // namespace detail
@@ -44,15 +55,15 @@ struct FinishSteps {
     /// This warp has read it.
     __device__ void give() const {
         __syncwarp();
-        if (lane == 0) hopper::arrive(shared.empty(step % Block::stages));
+        detail::release(shared, step, lane);
         ++step;
     }
 };
 
 /// For every tile of every expert: d = sum over k of a b, then finish(tile, d, steps). Persistent blocks, one for each
-/// multiprocessor, of Block. `finish` is told which 16 rows of the tile its warp holds (see
-/// hopper::multiply). Sums run in ascending k; every tile is one block's, so that results have the same bits from
-/// run to run.
+/// multiprocessor, of Block; in clusters of two where Block works in pairs. `finish` is told which 16 rows of the tile
+/// its warp holds (see hopper::multiply). Sums run in ascending k; every tile is one block's, so that results have the
+/// same bits from run to run.
 ///
 /// A Finish may read a part of some tensor for each tile: `extra_steps` times, `bring` copies `extra_bytes` into the
 /// memory of a step, long before the warps `take()` it. Every warp must take and give each of these steps.
@@ -62,41 +73,49 @@ __global__ void __launch_bounds__(Block::threads, 1)
                     const __grid_constant__ Finish finish) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Loader = detail::ProductLoader<a, b, Block, Finish>;
+    // Of 504 for one thread of each warpgroup.
+    constexpr int loader_registers = Loader::over_rows ? 88 : 56;
     extern __shared__ __align__(1024) char raw[];
     const detail::ProductShared<Block> shared{raw};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Block::stages; ++stage) {
             hopper::init_barrier(shared.full(stage), Loader::gathers ? 129 : 1);
-            hopper::init_barrier(shared.empty(stage), 4 * Block::multipliers);
+            hopper::init_barrier(shared.empty(stage), 4 * Block::multipliers * Block::cluster);
         }
         hopper::publish_barriers();
     }
-    detail::count_tiles(of, shared.first());
+    detail::count_tiles<Block::pairs>(of, shared.first());
+    int rank = 0;
+    if constexpr (Block::pairs) {
+        rank = hopper::rank_in_cluster();
+        hopper::sync_cluster();  // the other block's barriers are there
+    }
     const int total = shared.first()[of.experts];
 
     if (warp < 4) {
-        if constexpr (Block::multipliers == 2) hopper::give_registers<56>();
+        if constexpr (Block::multipliers == 2) hopper::give_registers<loader_registers>();
         if (Loader::gathers || threadIdx.x == 0) {
-            Loader loader{maps, of, shared, static_cast<int>(threadIdx.x)};
+            Loader loader{maps, of, shared, static_cast<int>(threadIdx.x), rank};
             loader.run(total);
         }
     } else {
-        if constexpr (Block::multipliers == 2) hopper::take_registers<224>();
+        if constexpr (Block::multipliers == 2) hopper::take_registers<(504 - loader_registers) / 2>();
         const int own = warp / 4 - 1;  // which 64 rows
         constexpr bool a_by_k = !is_turned(a), b_by_k = !is_turned(b);
         float d[Block::sums];
         TileWalk walk{shared.first()};
         int step_of_all = 0, stores = 0;
-        for (int index = blockIdx.x; index < total; index += gridDim.x) {
+        for (int index = blockIdx.x / Block::cluster; index < total; index += gridDim.x / Block::cluster) {
             walk.seek(index);
-            const typename Loader::Tile tile(of, walk, index);
+            const typename Loader::Tile tile(of, walk, index, rank);
             for (int step = 0; step < tile.steps; ++step, ++step_of_all) {
                 const int stage = step_of_all % Block::stages;
                 hopper::wait(shared.full(stage), step_of_all / Block::stages % 2);
+                if constexpr (Loader::gathers) hopper::publish_shared();  // what threads copied, to the tensor cores
                 if constexpr (Loader::over_rows)
                     if (tile.rows < (step + 1) * Block::depth)
-                        detail::clear_tail<a, b>(shared, stage, tile.rows - step * Block::depth, threadIdx.x - 128);
+                        detail::clear_tail(shared, stage, tile.rows - step * Block::depth, threadIdx.x - 128);
                 const std::uint64_t at_a = hopper::matrix_at(shared.a(stage) + own * 64 * 128, Block::turned_block);
                 const std::uint64_t at_b = hopper::matrix_at(shared.b(stage), Block::turned_block);
                 hopper::begin_products();
@@ -106,10 +125,10 @@ __global__ void __launch_bounds__(Block::threads, 1)
                                                      step > 0 || j > 0);
                 hopper::close_products();
                 hopper::wait_products<1>();
-                if (step > 0 && lane == 0) hopper::arrive(shared.empty((step_of_all - 1) % Block::stages));
+                if (step > 0) detail::release(shared, step_of_all - 1, lane);
             }
             hopper::wait_products<0>();
-            if (lane == 0) hopper::arrive(shared.empty((step_of_all - 1) % Block::stages));
+            detail::release(shared, step_of_all - 1, lane);
             hopper::settle(d);
             const int m = tile.m * Block::rows, row = 64 * own + 16 * (warp % 4);
             finish(
@@ -120,6 +139,10 @@ __global__ void __launch_bounds__(Block::threads, 1)
                                    lane});
         }
         hopper::wait_stores_read<0>();
+    }
+    if constexpr (Block::pairs) {
+        __syncwarp();
+        hopper::sync_cluster();  // the other block still copies to here
     }
 #else
     __trap();  // compiled for another target: GroupedFfn::runs_here does not let it come to that

@@ -29,6 +29,17 @@ __device__ inline void arrive(std::uint32_t barrier) {
 __device__ inline void arrive_expecting(std::uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+/// Arrives at the same barrier of block `block` of the cluster.
+__device__ inline void arrive_at(std::uint32_t barrier, int block) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
 /// Waits for the phase of this parity to complete.
 __device__ inline void wait(std::uint32_t barrier, std::uint32_t parity) {
     std::uint32_t done = 0;
@@ -46,6 +57,17 @@ __device__ inline void wait(std::uint32_t barrier, std::uint32_t parity) {
 
 /// Orders ordinary writes to shared memory before later reads of it by the tensor cores.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// This block's number within its cluster.
+__device__ inline int rank_in_cluster() {
+    std::uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+/// A barrier of all threads of a cluster's blocks.
+__device__ inline void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
 /// A barrier among `threads` threads that use the same number `id`, 1 to 15.
 __device__ inline void sync_threads_of(int id, int threads) {
@@ -73,16 +95,29 @@ __device__ inline void copy_box(std::uint32_t to, const TensorMap& map, std::uin
         : "memory");
 }
 
-/// Copies 16 bytes, or writes 16 zero bytes without reading.
-__device__ inline void copy_16(std::uint32_t to, const void* from, bool read) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read ? 16 : 0)
-                 : "memory");
+/// The same to both blocks of a cluster of two, at the same place in each, and tells the same barrier of each.
+__device__ inline void share_box(std::uint32_t to, const TensorMap& map, std::uint32_t barrier, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+        "{%4, %5}], [%2], %3;" ::"r"(to),
+        "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(barrier), "h"(std::uint16_t{3}), "r"(x), "r"(y)
+        : "memory");
 }
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits for all but the last `left` groups of this thread's copies.
-template <int left>
-__device__ inline void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+__device__ inline void share_box(std::uint32_t to, const TensorMap& map, std::uint32_t barrier, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+        "{%4, %5, %6}], [%2], %3;" ::"r"(to),
+        "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(barrier), "h"(std::uint16_t{3}), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+/// Writes 16 bytes: copies of `bytes`, 16 or none, then zeros.
+__device__ inline void copy_16(std::uint32_t to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+/// Arrives once this thread's copies up to here have come. The barrier counts that arrival like any other.
+__device__ inline void arrive_when_copied(std::uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /// Four 8 x 8 matrices of 16-bit numbers from a warp's registers to shared memory: lane l says where row l % 8 of
@@ -91,6 +126,21 @@ __device__ inline void store_matrices(std::uint32_t to, std::uint32_t m0, std::u
                                       std::uint32_t m3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m0), "r"(m1),
                  "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+/// The same with each matrix turned: register m holds row 2 (l % 4) and the next of column l / 4.
+__device__ inline void store_matrices_turned(std::uint32_t to, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
+                                             std::uint32_t m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m0), "r"(m1),
+                 "r"(m2), "r"(m3)
+                 : "memory");
+}
+/// Reads what that writes.
+__device__ inline void load_matrices_turned(std::uint32_t from, std::uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
                  : "memory");
 }
 
