@@ -102,7 +102,7 @@ struct Twins {
         steelyard::bf16* narrow = nullptr;
         index_t size = 0;
     };
-    Pair of[most];
+    Pair of[most] = {};
     int count = 0;
 };
 
