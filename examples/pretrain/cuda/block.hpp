@@ -101,9 +101,10 @@ public:
                     view<float, 2, Space> dx, std::byte* grads, std::span<std::byte> workspace, const BlockCall<Space>&,
                     const HandedOn<float, Space>& = {}) override {
         const index_t count = x.extents[0];
-        typename Layer::BackwardArgs args{.params = layer_.read_only_params(layer_.place_params(own(params))),
-                                          .context = context(),
-                                          .workspace = {workspace_host_.span(), workspace}};
+        typename Layer::BackwardArgs args;
+        args.params = layer_.read_only_params(layer_.place_params(own(params)));
+        args.context = context();
+        args.workspace = {workspace_host_.span(), workspace};
         if constexpr (casts) {
             narrow(gpu_, twin(dy, rows(in_, count)));
             args.x = rows(x_, count), args.dy = rows(in_, count), args.dx = rows(out_, count);
