@@ -19,10 +19,13 @@ struct AdamWFactors {
     T epsilon;
 
     AdamWFactors(const AdamW& adam, std::int64_t t, double rate, double decay, double gradient_scale)
-        : scale(static_cast<T>(gradient_scale)), b1(static_cast<T>(adam.beta1)), b2(static_cast<T>(adam.beta2)),
+        : scale(static_cast<T>(gradient_scale)),
+          b1(static_cast<T>(adam.beta1)),
+          b2(static_cast<T>(adam.beta2)),
           to_m(static_cast<T>(rate / (1.0 - std::pow(adam.beta1, static_cast<double>(t))))),
           to_v(static_cast<T>(1.0 / (1.0 - std::pow(adam.beta2, static_cast<double>(t))))),
-          keep(static_cast<T>(1.0 - rate * decay)), epsilon(static_cast<T>(adam.epsilon)) {}
+          keep(static_cast<T>(1.0 - rate * decay)),
+          epsilon(static_cast<T>(adam.epsilon)) {}
 };
 
 }  // namespace pretrain

@@ -30,7 +30,7 @@ public:
     Replica(const Settings& settings, int rank, typename Model::Blocks blocks, Device device)
         : settings_(settings), rank_(rank), model_(model_shape(settings), std::move(blocks), std::move(device)),
           gradient_(model_.param_bytes()), grads_(model_.place_params(gradient_.data())),
-          tokens_(settings.accumulate * model_.shape().tokens()), targets_(tokens_.size()),
+          tokens_(model_.shape().tokens()), targets_(tokens_.size()),
           ids_(static_cast<std::size_t>(tokens_.size())) {}
 
     [[nodiscard]] Model& model() { return model_; }
@@ -41,8 +41,6 @@ public:
                                      StepTotals& totals) {
         const int sequences = settings_.micro_batch;
         for (int micro = 0; micro < settings_.accumulate; ++micro) {
-            // Each micro-step has a place of its own, because the device may still read that of the one before.
-            first_ = micro * sequences;
             for (int r = 0; r < sequences; ++r) put(r, corpus.train(sequence_index(settings_, step, micro, rank_, r)));
             const steelyard::StepInfo info{
                 .step = step,
@@ -55,7 +53,8 @@ public:
                 return s;
             const T weight = T(1) / static_cast<T>(settings_.tokens_per_step());
             if (Status s = model_.backward(params, weight, info, grads_); !s) return s;
-            if (Status s = model_.await(); !s) return s;  // for the forward, while a GPU works on the backward
+            // For the forward alone: a GPU works on the backward while the next batch is prepared.
+            if (Status s = model_.await(); !s) return s;
             observe(totals);
         }
         return {};
@@ -67,7 +66,6 @@ public:
     /// Losses of held-out sequences: `sample(i)` for i below `count`, which is at most the micro-batch.
     template <class Sample>
     [[nodiscard]] Status evaluate(const Params& params, int count, const Sample& sample, double& loss_sum) {
-        first_ = 0;
         for (int i = 0; i < count; ++i) put(i, sample(i));
         if (Status s = model_.forward(params, given(count), wanted(count), ids(count), {}, steelyard::Mode::evaluate);
             !s)
@@ -80,22 +78,20 @@ public:
 private:
     using HostMemory = typename Device::HostMemory;
 
-    [[nodiscard]] index_t first_byte() const { return index_t{first_} * settings_.sequence; }
     void put(int at, const Sample& sample) {
         const std::size_t length = static_cast<std::size_t>(settings_.sequence);
-        const std::size_t begin = static_cast<std::size_t>(first_byte()) + static_cast<std::size_t>(at) * length;
+        const std::size_t begin = static_cast<std::size_t>(at) * length;
         std::memcpy(tokens_.data() + begin, sample.bytes.data(), length);
         std::memcpy(targets_.data() + begin, sample.bytes.data() + 1, length);
         for (std::size_t i = 0; i < length; ++i)
             ids_[begin + i] = reads_domains(settings_.router) ? sample.domain : sample.bytes[i];
     }
     [[nodiscard]] view<const std::uint8_t, 1> batch(const HostMemory& bytes, int sequences) const {
-        return {reinterpret_cast<const std::uint8_t*>(bytes.data()) + first_byte(),
-                index_t{sequences} * settings_.sequence};
+        return {reinterpret_cast<const std::uint8_t*>(bytes.data()), index_t{sequences} * settings_.sequence};
     }
     [[nodiscard]] view<const std::uint8_t, 1> wanted(int sequences) const { return batch(targets_, sequences); }
     [[nodiscard]] view<const std::int32_t, 1> ids(int sequences) const {
-        return {ids_.data() + first_byte(), index_t{sequences} * settings_.sequence};
+        return {ids_.data(), index_t{sequences} * settings_.sequence};
     }
     [[nodiscard]] double sum_of_losses() const {
         double sum = 0;
@@ -117,9 +113,8 @@ private:
     Model model_;
     typename Device::Memory gradient_;
     Params grads_;
-    HostMemory tokens_, targets_;    // [micro-steps, S·L]
-    std::vector<std::int32_t> ids_;  // [micro-steps, S·L]  what the router reads
-    int first_ = 0;                  // sequence of tokens_ that the current micro-batch begins with
+    HostMemory tokens_, targets_;    // [S·L]
+    std::vector<std::int32_t> ids_;  // [S·L]  what the router reads
 };
 
 }  // namespace pretrain

@@ -273,8 +273,7 @@ TEST_CASE("what a GPU cannot do is refused before anything starts, and the sente
           "--device cuda has every --balance but 'shuffle', which draws tokens over ranks");
     CHECK(refusal(on_gpu({"--comm", "mpi"})) ==
           "--device cuda runs all ranks on one GPU, as threads: it needs --comm threads, but 'mpi' came");
-    CHECK(refusal(on_gpu({"--experts", "1025"})) ==
-          "--experts must be at most 1024 with --device cuda, but is 1025");
+    CHECK(refusal(on_gpu({"--experts", "1025"})) == "--experts must be at most 1024 with --device cuda, but is 1025");
 }
 
 TEST_CASE("what a GPU can do is accepted: bf16 unless float is asked for") {

@@ -1,5 +1,5 @@
-// Attention's kernels. A block is eight warps: eight queries, or eight keys, of one head of one sequence, a warp for each.
-// The other side of a product comes through shared memory, 32 rows and 32 columns at a time. See attention.hpp.
+// Attention's kernels. A block is eight warps: eight queries, or eight keys, of one head of one sequence, a warp for
+// each. The other side of a product comes through shared memory, 32 rows and 32 columns at a time. See attention.hpp.
 #pragma once
 
 #include "kernels.cuh"
@@ -65,9 +65,14 @@ struct Place {
     bool here;            ///< this warp's is one
 
     __device__ Place(index_t length_of, index_t heads, index_t head_width)
-        : width(heads * head_width), stride(3 * width), length(length_of), unit(blockIdx.x),
-          token(unit / heads * length_of), head(unit % heads * head_width),
-          first(static_cast<index_t>(blockIdx.y) * attention_warps), mine(first + threadIdx.x / 32),
+        : width(heads * head_width),
+          stride(3 * width),
+          length(length_of),
+          unit(blockIdx.x),
+          token(unit / heads * length_of),
+          head(unit % heads * head_width),
+          first(static_cast<index_t>(blockIdx.y) * attention_warps),
+          mine(first + threadIdx.x / 32),
           here(mine < length_of) {}
 
     /// Keys that any query of the block sees.

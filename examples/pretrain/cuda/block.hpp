@@ -37,8 +37,11 @@ public:
                   .device = gpu.cuda(),
                   .layer = static_cast<std::uint32_t>(layer)}),
           master_({.shape = layer_shape(s), .router = layer_.config().router, .expert = {.hidden = s.hidden}}),
-          comm_(comm), unit_(unit), context_host_(layer_.context_bytes().host),
-          context_device_(layer_.context_bytes().device), workspace_host_(layer_.workspace_bytes().host),
+          comm_(comm),
+          unit_(unit),
+          context_host_(layer_.context_bytes().host),
+          context_device_(layer_.context_bytes().device),
+          workspace_host_(layer_.workspace_bytes().host),
           state_(layer_.state_bytes()),
           chosen_(layer_.shape().tokens * layer_.config().router.k * index_t{sizeof(steelyard::expert_t)}),
           load_(static_cast<std::size_t>(s.experts)) {
@@ -194,9 +197,9 @@ private:
     PinnedBytes context_host_;
     GpuBytes context_device_;
     PinnedBytes workspace_host_, state_;
-    PinnedBytes chosen_;        // [T, K]
-    GpuBytes x_, in_, out_;     // [T, d]  in bf16: tokens, dy, y or dx
-    GpuBytes params_, grads_;   // in bf16
+    PinnedBytes chosen_;       // [T, K]
+    GpuBytes x_, in_, out_;    // [T, d]  in bf16: tokens, dy, y or dx
+    GpuBytes params_, grads_;  // in bf16
     std::vector<Place> places_;
     std::vector<std::int64_t> load_;  // [E]
     steelyard::StepInfo step_;
@@ -206,12 +209,12 @@ private:
 template <class Element>
 std::unique_ptr<CudaBlock> make_cuda_block(const Gpu& gpu, const Settings& s, Strategy strategy, int layer,
                                            const steelyard::ThreadComm& comm) {
-    return with_strategy(s, strategy, [&]<class Main>(const Main& main, double unit) -> std::unique_ptr<CudaBlock>
-                             requires(!Main::needs_rank_tokens)
-                         {
-                             return std::make_unique<CudaBlockOf<Element, steelyard::ThreadComm, Main>>(
-                                 gpu, s, layer, comm, main, unit);
-                         });
+    return with_strategy(
+        s, strategy,
+        [&]<class Main>(const Main& main,
+                        double unit) -> std::unique_ptr<CudaBlock> requires(!Main::needs_rank_tokens) {
+            return std::make_unique<CudaBlockOf<Element, steelyard::ThreadComm, Main>>(gpu, s, layer, comm, main, unit);
+        });
 }
 
 }  // namespace pretrain

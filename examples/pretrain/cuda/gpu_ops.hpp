@@ -1,5 +1,5 @@
-// The operations of a model on a GPU. Each is that of the same name on the CPU (the header that it names), enqueued: for
-// T = float, compiled in ops.cu. Tensors are dense. Sums are taken in a fixed order.
+// The operations of a model on a GPU. Each is that of the same name on the CPU (the header that it names), enqueued:
+// for T = float, compiled in ops.cu. Tensors are dense. Sums are taken in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -64,9 +64,9 @@ template <class T>
 void rms_norm_forward(const Gpu& gpu, far<const T, 2> x, far<const T, 1> gain,  // [T, d], [d]
                       far<T, 2> y, far<T, 1> inverse);                          // [T, d], [T]
 template <class T>
-void rms_norm_backward(const Gpu& gpu, far<const T, 2> x, far<const T, 1> gain,   // [T, d], [d]
-                       far<const T, 1> inverse, far<const T, 2> dy,               // [T], [T, d]
-                       far<T, 2> dx, far<T, 1> dgain);                            // [T, d]  +=, [d]  +=
+void rms_norm_backward(const Gpu& gpu, far<const T, 2> x, far<const T, 1> gain,  // [T, d], [d]
+                       far<const T, 1> inverse, far<const T, 2> dy,              // [T], [T, d]
+                       far<T, 2> dx, far<T, 1> dgain);                           // [T, d]  +=, [d]  +=
 
 template <class T>
 void rotary(const Gpu& gpu, far<T, 2> qkv, far<const T, 3> table, T direction);  // [T, 3d], [L, 2, half]
@@ -76,13 +76,13 @@ void rotary(const Gpu& gpu, far<T, 2> qkv, far<const T, 3> table, T direction); 
 /// All: there is room for the scores' gradients of every query.
 inline index_t queries_at_once(const Gpu&, index_t length) { return length; }
 template <class T>
-void attention_forward(const Gpu& gpu, far<const T, 2> qkv,              // [S·L, 3d]
-                       far<T, 4> probabilities, far<T, 2> y);            // [S, H, L, L], [S·L, d]
+void attention_forward(const Gpu& gpu, far<const T, 2> qkv,    // [S·L, 3d]
+                       far<T, 4> probabilities, far<T, 2> y);  // [S, H, L, L], [S·L, d]
 template <class T>
-void attention_backward(const Gpu& gpu, far<const T, 2> qkv,             // [S·L, 3d]
-                        far<const T, 4> probabilities,                   // [S, H, L, L]
-                        far<const T, 2> dy,                              // [S·L, d]
-                        far<T, 3> dscores, far<T, 2> dqkv);              // [S·H, L, L]  workspace, [S·L, 3d]
+void attention_backward(const Gpu& gpu, far<const T, 2> qkv,  // [S·L, 3d]
+                        far<const T, 4> probabilities,        // [S, H, L, L]
+                        far<const T, 2> dy,                   // [S·L, d]
+                        far<T, 3> dscores, far<T, 2> dqkv);   // [S·H, L, L]  workspace, [S·L, 3d]
 
 /// `losses` are pinned.
 template <class T>

@@ -41,7 +41,8 @@ std::shared_ptr<CUevent_st> make_event() {
 
 }  // namespace
 
-Gpu::Gpu() : resources_(std::make_shared<steelyard::CudaResources>()), cuda_(resources_->device()), mark_(make_event()) {}
+Gpu::Gpu()
+    : resources_(std::make_shared<steelyard::CudaResources>()), cuda_(resources_->device()), mark_(make_event()) {}
 
 // ---- host.hpp -------------------------------------------------------------------------------------------
 
@@ -173,7 +174,9 @@ struct AttentionShape {
 
     template <class T>
     AttentionShape(const far<T, 4>& probabilities, index_t width)
-        : length(probabilities.extents[2]), heads(probabilities.extents[1]), head(width / heads),
+        : length(probabilities.extents[2]),
+          heads(probabilities.extents[1]),
+          head(width / heads),
           grid(static_cast<unsigned>(probabilities.extents[0] * heads),
                steelyard::cuda::blocks_for(length, kernels::attention_warps)) {}
     template <class T>

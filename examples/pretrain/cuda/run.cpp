@@ -15,8 +15,8 @@ std::string cuda_complaint() {
 
 RunRecord run_cuda(const Settings& settings, Strategy strategy, const Corpus& corpus,
                    const std::optional<Checkpoint>& from, double patience) {
-    Shared<float, Gpu> shared{.settings = settings, .strategy = strategy, .corpus = corpus, .from = from,
-                              .weights = nullptr, .record = {}};
+    Shared<float, Gpu> shared{
+        .settings = settings, .strategy = strategy, .corpus = corpus, .from = from, .weights = nullptr, .record = {}};
     steelyard::ThreadGroup group(settings.ranks, {.timeout = patience});
     steelyard::run_ranks(group, [&](const steelyard::ThreadComm& comm) {
         const Gpu gpu;

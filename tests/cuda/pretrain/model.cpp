@@ -6,12 +6,12 @@
 #include <vector>
 
 #include "close.hpp"
+#include "pretrain/cuda/strategies.hpp"
 #include "pretrain/initial.hpp"
 #include "pretrain/replica.hpp"
 #include "pretrain/same_runs.hpp"
 #include "pretrain/strategies.hpp"
 #include "pretrain/training.hpp"
-#include "pretrain/cuda/strategies.hpp"
 #include "steelyard/comm/threads.hpp"
 
 namespace {
@@ -57,7 +57,10 @@ Transformer<float, Device> make_model(const Settings& s, Strategy strategy, cons
 template <class Device>
 struct Trial {
     Trial(const Settings& s, Strategy strategy, Device device)
-        : model(make_model(s, strategy, alone.comm(0), std::move(device))), weights(model.param_bytes()), gradient(model.param_bytes()), bytes(model.shape().tokens() + 1) {
+        : model(make_model(s, strategy, alone.comm(0), std::move(device))),
+          weights(model.param_bytes()),
+          gradient(model.param_bytes()),
+          bytes(model.shape().tokens() + 1) {
         Bytes first(model.param_bytes());
         initialise(model.tensors(first.data()), s.layers, 3);
         weights.load(first.span());
@@ -71,8 +74,9 @@ struct Trial {
         model.take_params(params);
         REQUIRE(model.forward(params, {begin, count}, {begin + 1, count}, {ids.data(), count}, StepInfo{}, Mode::train)
                     .message() == "ok");
-        REQUIRE(model.backward(params, 1.0f / static_cast<float>(count), StepInfo{}, model.place_params(gradient.data()))
-                    .message() == "ok");
+        REQUIRE(
+            model.backward(params, 1.0f / static_cast<float>(count), StepInfo{}, model.place_params(gradient.data()))
+                .message() == "ok");
         REQUIRE(model.await().message() == "ok");
         REQUIRE(pretrain::finish(model.device()).message() == "ok");
         const auto contents = gradient.contents();
@@ -192,14 +196,14 @@ void check_series(const std::string& text, const RunRecord& got, const RunRecord
     for (std::size_t i = 0; i < want.series.loss.size(); ++i) {
         const std::string step = text + "step " + std::to_string(i) + "'s ";
         test::check_close(step + "loss", std::abs(got.series.loss[i] / want.series.loss[i] - 1), tolerance);
-        test::check_close(step + "gradient norm", std::abs(got.series.gradient_norm[i] / want.series.gradient_norm[i] - 1),
-                          10 * tolerance);
+        test::check_close(step + "gradient norm",
+                          std::abs(got.series.gradient_norm[i] / want.series.gradient_norm[i] - 1), 10 * tolerance);
     }
     REQUIRE(got.evaluations.size() == want.evaluations.size());
     for (std::size_t d = 0; d < want.evaluations.back().domains.size(); ++d)
-        test::check_close(text + "held-out loss",
-                          std::abs(got.evaluations.back().domains[d].loss / want.evaluations.back().domains[d].loss - 1),
-                          tolerance);
+        test::check_close(
+            text + "held-out loss",
+            std::abs(got.evaluations.back().domains[d].loss / want.evaluations.back().domains[d].loss - 1), tolerance);
 }
 
 TEST_CASE("pretrain on the GPU: training of two ranks follows the CPU's, and runs have the same bits") {

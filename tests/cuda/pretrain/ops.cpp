@@ -34,7 +34,7 @@ struct Sizes {
     }
 };
 /// The default sizes of pretrain come last.
-const std::vector<Sizes> all_sizes = {{1, 1, 1, 2},  {2, 35, 2, 6},  {1, 8, 1, 34}, {3, 33, 1, 66},
+const std::vector<Sizes> all_sizes = {{1, 1, 1, 2},   {2, 35, 2, 6},   {1, 8, 1, 34},  {3, 33, 1, 66},
                                       {2, 70, 3, 24}, {1, 300, 2, 32}, {2, 128, 4, 24}};
 
 Host<float> numbers(index_t rows, index_t columns, unsigned seed) { return gpu::random<float>(rows, columns, seed); }
