@@ -67,18 +67,18 @@ public:
     /// Before a forward with other values in `params`: a block that computes in other elements makes its copy.
     virtual void take_params(const std::byte* /*params*/) {}
     /// Writes y (=).
-    virtual Status forward(view<const T, 2, Space> x,                    // [T, d]
-                           std::byte* params, view<T, 2, Space> y,       // [T, d]
+    virtual Status forward(view<const T, 2, Space> x,               // [T, d]
+                           std::byte* params, view<T, 2, Space> y,  // [T, d]
                            std::span<std::byte> workspace, const BlockCall<Space>& call,
                            const HandedOn<T, Space>& handed = {}) = 0;
     /// Writes dx (=) and adds to the gradients (+=), the balance loss's part included.
-    virtual Status backward(view<const T, 2, Space> x,                   // [T, d]
+    virtual Status backward(view<const T, 2, Space> x,                      // [T, d]
                             std::byte* params, view<const T, 2, Space> dy,  // [T, d]
-                            view<T, 2, Space> dx,                        // [T, d]
+                            view<T, 2, Space> dx,                           // [T, d]
                             std::byte* grads, std::span<std::byte> workspace, const BlockCall<Space>& call,
                             const HandedOn<T, Space>& handed = {}) = 0;
     /// Of the last forward: what the next layer's router hears; absent where it hears nothing.
-    [[nodiscard]] virtual view<const T, 2, Space> logits_to_hand_on() const = 0;               // [T, E]
+    [[nodiscard]] virtual view<const T, 2, Space> logits_to_hand_on() const = 0;  // [T, E]
     /// Once after every optimizer step.
     virtual Status end_step(const steelyard::StepInfo& step, std::span<std::byte> workspace) = 0;
 

@@ -38,8 +38,8 @@ class Run {
 public:
     Run(Shared<T, Device>& shared, const Comm& comm, Team team, typename Model::Blocks blocks, Device device)
         : shared_(shared), settings_(shared.settings), comm_(comm), team_(team),
-          replica_(settings_, comm.rank(), std::move(blocks), std::move(device)), totals_(settings_.layers, settings_.experts),
-          watch_(settings_, shared.corpus) {}
+          replica_(settings_, comm.rank(), std::move(blocks), std::move(device)),
+          totals_(settings_.layers, settings_.experts), watch_(settings_, shared.corpus) {}
 
     /// Trains until the last step, or until somebody asks to stop.
     void go() {
