@@ -38,7 +38,7 @@ public:
         ++steps_;
         std::size_t at = 0;
         for (const Part& part : parts_) {
-            pretrain::adamw_update<T>({}, steps_, rate, part.decays ? weight_decay : 0.0, scale, part.size,
+            pretrain::adamw_update<T>({{}, steps_, rate, part.decays ? weight_decay : 0.0, scale}, part.size,
                                       part.weights, part.gradient, &first_[at], &second_[at]);
             std::fill_n(part.gradient, part.size, T(0));
             at += static_cast<std::size_t>(part.size);

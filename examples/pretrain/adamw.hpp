@@ -4,14 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "adamw_factors.hpp"
 #include "linear.hpp"
 #include "settings.hpp"
 
 namespace pretrain {
-
-struct AdamW {
-    double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8;
-};
 
 /// Linear warm-up, then half a cosine down to a tenth of the peak.
 [[nodiscard]] inline double learning_rate(const Settings& settings, std::int64_t step) {
@@ -24,18 +21,14 @@ struct AdamW {
 /// With g = scale · gradient: m = β1 m + (1 − β1) g, v = β2 v + (1 − β2) g²,
 /// p −= rate · (m̂ / (sqrt(v̂) + ε) + decay · p), where m̂ = m / (1 − β1^t) and v̂ = v / (1 − β2^t) for step t ≥ 1.
 template <class T>
-void adamw_update(const AdamW& adam, std::int64_t t, double rate, double decay, double scale, index_t size, T* params,
-                  const T* gradient, T* first_moment, T* second_moment) {
-    const auto g = row(gradient, size) * static_cast<T>(scale);
+void adamw_update(const AdamWFactors<T>& by, index_t size, T* params, const T* gradient, T* first_moment,
+                  T* second_moment) {
+    const auto g = row(gradient, size) * by.scale;
     auto p = row(params, size);
     auto m = row(first_moment, size), v = row(second_moment, size);
-    const T b1 = static_cast<T>(adam.beta1), b2 = static_cast<T>(adam.beta2);
-    m = b1 * m + (T(1) - b1) * g;
-    v = b2 * v + (T(1) - b2) * g.square();
-    const double time = static_cast<double>(t);
-    const T to_m = static_cast<T>(rate / (1.0 - std::pow(adam.beta1, time)));
-    const T to_v = static_cast<T>(1.0 / (1.0 - std::pow(adam.beta2, time)));
-    p = p * static_cast<T>(1.0 - rate * decay) - to_m * m / ((to_v * v).sqrt() + static_cast<T>(adam.epsilon));
+    m = by.b1 * m + (T(1) - by.b1) * g;
+    v = by.b2 * v + (T(1) - by.b2) * g.square();
+    p = p * by.keep - by.to_m * m / ((by.to_v * v).sqrt() + by.epsilon);
 }
 
 template <class T>

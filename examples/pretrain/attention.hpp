@@ -11,6 +11,8 @@ namespace pretrain {
 /// Queries that are worked on together: their scores against all earlier keys are one small matrix product,
 /// and keys after the tile are never touched.
 inline constexpr index_t query_tile = 32;
+/// Queries whose scores' gradients backward holds at a time, of `length`.
+inline index_t queries_at_once(const Threads&, index_t /*length*/) { return query_tile; }
 
 /// probabilities[s, h, i, j] = softmax over j ≤ i of q_i · k_j / sqrt(head width); y_i = Σ_j probability · v_j.
 /// Writes both (=). Probabilities after the query's tile are not written and never read.

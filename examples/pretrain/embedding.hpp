@@ -20,9 +20,9 @@ void embedding_forward(const Threads& threads, view<const std::uint8_t, 1> token
 
 /// dtable[token[t]] += dy[t], in the order of the tokens: one byte may come many times.
 template <class T>
-void embedding_backward(view<const std::uint8_t, 1> tokens,  // [T]
-                        view<const T, 2> dy,                 // [T, d]
-                        view<T, 2> dtable) {                 // [V, d]
+void embedding_backward(const Threads&, view<const std::uint8_t, 1> tokens,  // [T]
+                        view<const T, 2> dy,                                 // [T, d]
+                        view<T, 2> dtable) {                                 // [V, d]
     const index_t width = dtable.extents[1];
     for (index_t t = 0; t < tokens.extents[0]; ++t) row(&dtable(tokens(t), 0), width) += row(&dy(t, 0), width);
 }

@@ -49,6 +49,7 @@ void require_folder(const Settings& settings) {
 }
 
 int run(const Settings& settings, const std::string& program, bool speaks) {
+    require_device(settings);
     require_folder(settings);
     if (settings.resume) require_checkpoint(settings);
     const Corpus corpus(settings);

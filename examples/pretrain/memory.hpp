@@ -24,6 +24,9 @@ public:
     [[nodiscard]] steelyard::index_t size() const { return static_cast<steelyard::index_t>(size_); }
     [[nodiscard]] std::span<std::byte> span() const { return {data_.get(), size_}; }
     void clear() { std::memset(data_.get(), 0, size_); }
+    /// From `bytes`, as many as there are here.
+    void load(std::span<const std::byte> bytes) { std::memcpy(data_.get(), bytes.data(), size_); }
+    [[nodiscard]] std::span<const std::byte> contents() const { return span(); }
 
     /// The same bytes as numbers.
     template <class T>

@@ -33,24 +33,28 @@ struct Tensor {
 };
 
 /// Where a call stands in training, and how its tokens fall into sequences.
+template <class Space = steelyard::HostSpace>
 struct BlockCall {
-    view<const index_t, 1> sequences;  // [S + 1] offsets, 0 .. T
-    view<const std::int32_t, 1> ids;   // [T] bytes or domains, as the router wants them
+    view<const index_t, 1, Space> sequences;  // [S + 1] offsets, 0 .. T
+    view<const std::int32_t, 1> ids;          // [T] bytes or domains, for routers that ask: on the CPU
     steelyard::StepInfo step;
     steelyard::Mode mode = steelyard::Mode::train;
 };
 
 /// What the routers of two layers hand on, where they do: the logits of the layer before, and gradients by logits.
-template <class T>
+template <class T, class Space = steelyard::HostSpace>
 struct HandedOn {
-    view<const T, 2> prior = {};    // [T, E]  logits of the layer before
-    view<T, 2> dprior = {};         // [T, E]  gradient by them: written (=)
-    view<const T, 2> dlogits = {};  // [T, E]  gradient by this layer's logits, from the layer after
+    view<const T, 2, Space> prior = {};    // [T, E]  logits of the layer before
+    view<T, 2, Space> dprior = {};         // [T, E]  gradient by them: written (=)
+    view<const T, 2, Space> dlogits = {};  // [T, E]  gradient by this layer's logits, from the layer after
 };
 
 /// A layer y = moe(x). It owns its context and its balance state; parameters, their gradients and the
-/// workspace are the transformer's.
-template <class T>
+/// workspace are the transformer's, in its device's memory.
+///
+/// On a device that works in its own time, calls enqueue: what is asked of the last forward is there once the device has
+/// come so far.
+template <class T, class Space = steelyard::HostSpace>
 class MoeBlock {
 public:
     virtual ~MoeBlock() = default;
@@ -60,19 +64,21 @@ public:
     /// The tensors in a block of `param_bytes()` bytes.
     [[nodiscard]] virtual std::vector<Tensor<T>> tensors(std::byte* params) const = 0;
 
+    /// Before a forward with other values in `params`: a block that computes in other elements makes its copy.
+    virtual void take_params(const std::byte* /*params*/) {}
     /// Writes y (=).
-    virtual Status forward(view<const T, 2> x,                                   // [T, d]
-                           std::byte* params, view<T, 2> y,                      // [T, d]
-                           std::span<std::byte> workspace, const BlockCall& call,
-                           const HandedOn<T>& handed = {}) = 0;
+    virtual Status forward(view<const T, 2, Space> x,               // [T, d]
+                           std::byte* params, view<T, 2, Space> y,  // [T, d]
+                           std::span<std::byte> workspace, const BlockCall<Space>& call,
+                           const HandedOn<T, Space>& handed = {}) = 0;
     /// Writes dx (=) and adds to the gradients (+=), the balance loss's part included.
-    virtual Status backward(view<const T, 2> x,                                  // [T, d]
-                            std::byte* params, view<const T, 2> dy,              // [T, d]
-                            view<T, 2> dx,                                       // [T, d]
-                            std::byte* grads, std::span<std::byte> workspace, const BlockCall& call,
-                            const HandedOn<T>& handed = {}) = 0;
+    virtual Status backward(view<const T, 2, Space> x,                      // [T, d]
+                            std::byte* params, view<const T, 2, Space> dy,  // [T, d]
+                            view<T, 2, Space> dx,                           // [T, d]
+                            std::byte* grads, std::span<std::byte> workspace, const BlockCall<Space>& call,
+                            const HandedOn<T, Space>& handed = {}) = 0;
     /// Of the last forward: what the next layer's router hears; absent where it hears nothing.
-    [[nodiscard]] virtual view<const T, 2> logits_to_hand_on() const = 0;                      // [T, E]
+    [[nodiscard]] virtual view<const T, 2, Space> logits_to_hand_on() const = 0;  // [T, E]
     /// Once after every optimizer step.
     virtual Status end_step(const steelyard::StepInfo& step, std::span<std::byte> workspace) = 0;
 

@@ -35,7 +35,7 @@ public:
     }
 
     Status forward(view<const T, 2> x, std::byte* params, view<T, 2> y, std::span<std::byte> workspace,
-                   const BlockCall& call, const HandedOn<T>& handed = {}) override {
+                   const BlockCall<>& call, const HandedOn<T>& handed = {}) override {
         step_ = call.step;
         // No mask: there is no padding.
         const steelyard::TokenInfo<> tokens{{}, call.sequences, call.step, call.mode, call.ids};
@@ -50,7 +50,7 @@ public:
     }
 
     Status backward(view<const T, 2> x, std::byte* params, view<const T, 2> dy, view<T, 2> dx, std::byte* grads,
-                    std::span<std::byte> workspace, const BlockCall&, const HandedOn<T>& handed = {}) override {
+                    std::span<std::byte> workspace, const BlockCall<>&, const HandedOn<T>& handed = {}) override {
         return layer_.backward({.x = x,
                                 .params = layer_.read_only_params(layer_.place_params(params)),
                                 .dy = dy,
@@ -94,8 +94,26 @@ protected:
             .ranks = s.ranks};
 }
 
+/// load (=) how often each expert was chosen.
+inline void count_choices(view<const steelyard::expert_t, 2> chosen, std::span<std::int64_t> load) {  // [T, K], [E]
+    std::fill(load.begin(), load.end(), 0);
+    for (index_t t = 0; t < chosen.extents[0]; ++t)
+        for (index_t k = 0; k < chosen.extents[1]; ++k)
+            if (const auto e = chosen(t, k); e >= 0) ++load[static_cast<std::size_t>(e)];
+}
+
 template <class Main>
 using BalanceWith = steelyard::AllOf<Main, steelyard::RouterZLoss>;
+/// A strategy's policy beside the router z-loss of the settings.
+template <class Main>
+[[nodiscard]] BalanceWith<Main> balance_with(const Main& main, const Settings& s) {
+    return BalanceWith<Main>(main, steelyard::RouterZLoss{{}, {s.z_loss}});
+}
+/// The main part's loss of a record.
+template <class Main, class Record>
+[[nodiscard]] double main_loss(const BalanceWith<Main>& balance, const Record& record, const steelyard::StepInfo& step) {
+    return std::get<0>(balance.parts).loss(std::get<0>(record.of), step);
+}
 template <class T, class Comm, class Main>
 using LayerWith = steelyard::MoE<T, AnyRouter, steelyard::SwiGlu, BalanceWith<Main>, Comm, Limit>;
 
@@ -111,7 +129,7 @@ public:
         : Base({.shape = layer_shape(s),
                 .router = make_router(s),
                 .expert = {.hidden = s.hidden},
-                .balance = BalanceWith<Main>(main, steelyard::RouterZLoss{{}, {s.z_loss}}),
+                .balance = balance_with(main, s),
                 .overflow = make_limit(s),
                 .device = {.threads = s.threads},
                 .layer = static_cast<std::uint32_t>(layer)},
@@ -119,16 +137,11 @@ public:
           unit_(unit), hears_prior_(hears_prior(s.router)) {}
 
     double balance_loss() const override {
-        const auto record = layer_.balance_record(context_.span());
-        return std::get<0>(layer_.config().balance.parts).loss(std::get<0>(record.of), this->step_) / unit_;
+        return main_loss(layer_.config().balance, layer_.balance_record(context_.span()), this->step_) / unit_;
     }
 
     std::span<const std::int64_t> tokens_per_expert() override {
-        std::fill(load_.begin(), load_.end(), 0);
-        const auto chosen = choices();
-        for (index_t t = 0; t < chosen.extents[0]; ++t)
-            for (index_t k = 0; k < chosen.extents[1]; ++k)
-                if (const auto e = chosen(t, k); e >= 0) ++load_[static_cast<std::size_t>(e)];
+        count_choices(choices(), load_);
         return load_;
     }
 

@@ -18,9 +18,16 @@ inline constexpr index_t tile_rows = 128;
 
 constexpr index_t tiles_of(index_t count, index_t tile) { return (count + tile - 1) / tile; }
 
-/// The threads of one rank, with the scratch memory that matrix products need on each.
+/// The threads of one rank, with the scratch memory that matrix products need on each: the CPU as a model's device.
+///
+/// A device of a model names its memory, and every operation of the model is a function on it: on the CPU those of
+/// attention.hpp, rms_norm.hpp, ... and host.hpp, on a GPU those of cuda/gpu_ops.hpp.
 class Threads {
 public:
+    using space = steelyard::HostSpace;
+    using Memory = Bytes;      ///< what the device computes in
+    using HostMemory = Bytes;  ///< what both the device and the program reach
+
     explicit Threads(int count) : device_{count}, scratch_(count * bytes_each) {}
 
     /// Calls `work(i, scratch)` for each i in [0, count).

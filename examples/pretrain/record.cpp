@@ -30,6 +30,8 @@ Json encode(double value) {
 Json encode(Strategy value) { return name_of(value); }
 Json encode(CommKind value) { return name_of(value); }
 Json encode(RouterKind value) { return name_of(value); }
+Json encode(DeviceKind value) { return name_of(value); }
+Json encode(Precision value) { return name_of(value); }
 Json encode(const std::string& value) { return value; }
 template <std::integral T>
 Json encode(T value) {
@@ -60,6 +62,8 @@ void decode(const Json& json, double& value) {
 void decode(const Json& json, Strategy& value) { value = strategy_named(json.get<std::string>()); }
 void decode(const Json& json, CommKind& value) { value = comm_named(json.get<std::string>()); }
 void decode(const Json& json, RouterKind& value) { value = router_named(json.get<std::string>()); }
+void decode(const Json& json, DeviceKind& value) { value = device_named(json.get<std::string>()); }
+void decode(const Json& json, Precision& value) { value = precision_named(json.get<std::string>()); }
 void decode(const Json& json, std::string& value) { value = json.get<std::string>(); }
 template <std::integral T>
 void decode(const Json& json, T& value) {
@@ -69,7 +73,11 @@ template <class T>
 void decode(const Json& json, std::vector<T>& values);
 template <HasFields T>
 void decode(const Json& json, T& value) {
-    value.fields([&](const char* name, auto& field) { decode(json.at(name), field); });
+    value.fields([&](const char* name, auto& field) {
+        // A setting that is younger than the file had its default.
+        if (std::is_same_v<T, Settings> && !json.contains(name)) return;
+        decode(json.at(name), field);
+    });
 }
 template <class T>
 void decode(const Json& json, std::vector<T>& values) {

@@ -21,38 +21,41 @@ namespace pretrain {
             .handed_on = hears_prior(settings.router) ? settings.experts : 0};
 }
 
-template <class T>
+template <class T, class Device = Threads>
 class Replica {
-public:
-    Replica(const Settings& settings, int rank, typename Transformer<T>::Blocks blocks)
-        : settings_(settings), rank_(rank), model_(model_shape(settings), std::move(blocks), settings.threads),
-          gradient_(model_.param_bytes()), grads_(model_.place_params(gradient_.data())),
-          tokens_(static_cast<std::size_t>(model_.shape().tokens())), targets_(tokens_.size()),
-          ids_(tokens_.size()) {}
+    using Model = Transformer<T, Device>;
+    using Params = typename Model::Params;
 
-    [[nodiscard]] Transformer<T>& model() { return model_; }
-    [[nodiscard]] Bytes& gradient() { return gradient_; }
+public:
+    Replica(const Settings& settings, int rank, typename Model::Blocks blocks, Device device)
+        : settings_(settings), rank_(rank), model_(model_shape(settings), std::move(blocks), std::move(device)),
+          gradient_(model_.param_bytes()), grads_(model_.place_params(gradient_.data())),
+          tokens_(model_.shape().tokens()), targets_(tokens_.size()),
+          ids_(static_cast<std::size_t>(tokens_.size())) {}
+
+    [[nodiscard]] Model& model() { return model_; }
+    [[nodiscard]] typename Device::Memory& gradient() { return gradient_; }
 
     /// Forward and backward of all of this rank's micro-batches of a step. Adds to the gradient and the totals.
-    [[nodiscard]] Status micro_steps(const ModelParams<T>& params, const Corpus& corpus, std::int64_t step,
+    [[nodiscard]] Status micro_steps(const Params& params, const Corpus& corpus, std::int64_t step,
                                      StepTotals& totals) {
+        const int sequences = settings_.micro_batch;
         for (int micro = 0; micro < settings_.accumulate; ++micro) {
-            for (int r = 0; r < settings_.micro_batch; ++r)
-                put(r, corpus.train(sequence_index(settings_, step, micro, rank_, r)));
+            for (int r = 0; r < sequences; ++r) put(r, corpus.train(sequence_index(settings_, step, micro, rank_, r)));
             const steelyard::StepInfo info{
                 .step = step,
                 .micro_step = micro,
                 .total_tokens = settings_.tokens_per_step(),
-                .token_offset = (std::int64_t{micro} * settings_.ranks + rank_) * settings_.micro_batch *
-                                settings_.sequence};
-            const auto tokens = batch(tokens_, settings_.micro_batch), targets = batch(targets_, settings_.micro_batch);
-            if (Status s = model_.forward(params, tokens, targets, ids(settings_.micro_batch), info,
+                .token_offset = (std::int64_t{micro} * settings_.ranks + rank_) * sequences * settings_.sequence};
+            if (Status s = model_.forward(params, given(sequences), wanted(sequences), ids(sequences), info,
                                           steelyard::Mode::train);
                 !s)
                 return s;
-            observe(totals);
             const T weight = T(1) / static_cast<T>(settings_.tokens_per_step());
-            if (Status s = model_.backward(params, tokens, targets, weight, info, grads_); !s) return s;
+            if (Status s = model_.backward(params, weight, info, grads_); !s) return s;
+            // For the forward alone: a GPU works on the backward while the next batch is prepared.
+            if (Status s = model_.await(); !s) return s;
+            observe(totals);
         }
         return {};
     }
@@ -62,28 +65,31 @@ public:
 
     /// Losses of held-out sequences: `sample(i)` for i below `count`, which is at most the micro-batch.
     template <class Sample>
-    [[nodiscard]] Status evaluate(const ModelParams<T>& params, int count, const Sample& sample, double& loss_sum) {
+    [[nodiscard]] Status evaluate(const Params& params, int count, const Sample& sample, double& loss_sum) {
         for (int i = 0; i < count; ++i) put(i, sample(i));
-        if (Status s = model_.forward(params, batch(tokens_, count), batch(targets_, count), ids(count), {},
-                                      steelyard::Mode::evaluate);
+        if (Status s = model_.forward(params, given(count), wanted(count), ids(count), {}, steelyard::Mode::evaluate);
             !s)
             return s;
+        if (Status s = model_.await(); !s) return s;
         loss_sum += sum_of_losses();
         return {};
     }
 
 private:
+    using HostMemory = typename Device::HostMemory;
+
     void put(int at, const Sample& sample) {
         const std::size_t length = static_cast<std::size_t>(settings_.sequence);
-        std::memcpy(tokens_.data() + static_cast<std::size_t>(at) * length, sample.bytes.data(), length);
-        std::memcpy(targets_.data() + static_cast<std::size_t>(at) * length, sample.bytes.data() + 1, length);
+        const std::size_t begin = static_cast<std::size_t>(at) * length;
+        std::memcpy(tokens_.data() + begin, sample.bytes.data(), length);
+        std::memcpy(targets_.data() + begin, sample.bytes.data() + 1, length);
         for (std::size_t i = 0; i < length; ++i)
-            ids_[static_cast<std::size_t>(at) * length + i] =
-                reads_domains(settings_.router) ? sample.domain : sample.bytes[i];
+            ids_[begin + i] = reads_domains(settings_.router) ? sample.domain : sample.bytes[i];
     }
-    [[nodiscard]] view<const std::uint8_t, 1> batch(const std::vector<std::uint8_t>& bytes, int sequences) const {
-        return {bytes.data(), index_t{sequences} * settings_.sequence};
+    [[nodiscard]] view<const std::uint8_t, 1> batch(const HostMemory& bytes, int sequences) const {
+        return {reinterpret_cast<const std::uint8_t*>(bytes.data()), index_t{sequences} * settings_.sequence};
     }
+    [[nodiscard]] view<const std::uint8_t, 1> wanted(int sequences) const { return batch(targets_, sequences); }
     [[nodiscard]] view<const std::int32_t, 1> ids(int sequences) const {
         return {ids_.data(), index_t{sequences} * settings_.sequence};
     }
@@ -104,11 +110,11 @@ private:
 
     Settings settings_;
     int rank_;
-    Transformer<T> model_;
-    Bytes gradient_;
-    ModelParams<T> grads_;
-    std::vector<std::uint8_t> tokens_, targets_;  // [S·L]
-    std::vector<std::int32_t> ids_;               // [S·L]  what the router reads
+    Model model_;
+    typename Device::Memory gradient_;
+    Params grads_;
+    HostMemory tokens_, targets_;    // [S·L]
+    std::vector<std::int32_t> ids_;  // [S·L]  what the router reads
 };
 
 }  // namespace pretrain

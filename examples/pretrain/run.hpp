@@ -13,7 +13,6 @@
 #include "progress.hpp"
 #include "replica.hpp"
 #include "routing_watch.hpp"
-#include "strategies.hpp"
 #include "weights.hpp"
 
 namespace pretrain {
@@ -22,23 +21,25 @@ extern std::atomic<bool> stop_asked;
 static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler sets it");
 
 /// What the ranks of one process share.
-template <class T>
+template <class T, class Device = Threads>
 struct Shared {
     const Settings& settings;
     Strategy strategy;
     const Corpus& corpus;
     const std::optional<Checkpoint>& from;  ///< where to go on; empty: from the start
-    std::unique_ptr<Weights<T>> weights;    ///< made by the team's first member
+    std::unique_ptr<Weights<T, Device>> weights;  ///< made by the team's first member
     RunRecord record;                       ///< kept by rank 0
 };
 
-template <class T, class Comm>
+template <class T, class Comm, class Device = Threads>
 class Run {
+    using Model = Transformer<T, Device>;
+
 public:
-    Run(Shared<T>& shared, const Comm& comm, Team team)
+    Run(Shared<T, Device>& shared, const Comm& comm, Team team, typename Model::Blocks blocks, Device device)
         : shared_(shared), settings_(shared.settings), comm_(comm), team_(team),
-          replica_(settings_, comm.rank(), make_blocks()), totals_(settings_.layers, settings_.experts),
-          watch_(settings_, shared.corpus) {}
+          replica_(settings_, comm.rank(), std::move(blocks), std::move(device)),
+          totals_(settings_.layers, settings_.experts), watch_(settings_, shared.corpus) {}
 
     /// Trains until the last step, or until somebody asks to stop.
     void go() {
@@ -66,27 +67,25 @@ private:
     [[nodiscard]] bool speaks() const { return comm_.rank() == 0; }
     [[nodiscard]] static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
     [[nodiscard]] const Corpus& corpus() const { return shared_.corpus; }
-    [[nodiscard]] ModelParams<T> params() { return replica_.model().place_params(shared_.weights->params.data()); }
-
-    typename Transformer<T>::Blocks make_blocks() const {
-        typename Transformer<T>::Blocks blocks;
-        for (int l = 0; l < settings_.layers; ++l)
-            blocks.push_back(make_moe_block<T>(settings_, shared_.strategy, l, comm_));
-        return blocks;
+    [[nodiscard]] typename Model::Params params() {
+        return replica_.model().place_params(shared_.weights->params.data());
     }
 
     /// The weights, made by one member of each team; then every rank's balance state.
     void start() {
         if (team_.member == 0) {
             auto& model = replica_.model();
-            shared_.weights = std::make_unique<Weights<T>>(model.param_bytes(), team_.size);
+            shared_.weights = std::make_unique<Weights<T, Device>>(model.param_bytes(), team_.size);
             auto& weights = *shared_.weights;
             weights.tensors = model.tensors(weights.params.data());
-            initialise(weights.tensors, settings_.layers, settings_.seed);
             if (shared_.from) {
-                restore(shared_.from->params, weights.params.span(), "parameters");
-                restore(shared_.from->first_moment, weights.first_moment.span(), "first moment");
-                restore(shared_.from->second_moment, weights.second_moment.span(), "second moment");
+                restore(shared_.from->params, weights.params, "parameters");
+                restore(shared_.from->first_moment, weights.first_moment, "first moment");
+                restore(shared_.from->second_moment, weights.second_moment, "second moment");
+            } else {
+                Bytes first(model.param_bytes());
+                initialise(model.tensors(first.data()), settings_.layers, settings_.seed);
+                weights.params.load(first.span());
             }
         }
         meet();
@@ -100,6 +99,7 @@ private:
             describe_run();
         }
         meet();
+        replica_.model().take_params(params());
     }
 
     void describe_run() {
@@ -126,7 +126,8 @@ private:
         double norm = 0;
         check(replica_.micro_steps(params(), corpus(), step, totals_));
         check(totals_.sum(comm_));
-        check(shared_.weights->step(comm_, team_, settings_, step + 1, norm));
+        check(shared_.weights->step(replica_.model().device(), comm_, team_, settings_, step + 1, norm));
+        replica_.model().take_params(params());
         const steelyard::StepInfo info{.step = step, .total_tokens = settings_.tokens_per_step()};
         check(replica_.model().end_step(info));
         const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
@@ -219,6 +220,7 @@ private:
 
     /// Every rank brings its balance state to the first, which writes.
     void save(std::int64_t step) {
+        check(finish(replica_.model().device()));
         std::vector<std::int64_t> mine;
         for (index_t l = 0; l < settings_.layers; ++l) {
             const auto state = replica_.model().block(l).state();
@@ -232,8 +234,8 @@ private:
         const auto& weights = *shared_.weights;
         write_checkpoint(checkpoint_path(settings_, shared_.strategy),
                          {.step = step, .text = corpus().fingerprint(), .record = shared_.record,
-                          .params = weights.params.span(), .first_moment = weights.first_moment.span(),
-                          .second_moment = weights.second_moment.span(), .state = std::as_bytes(std::span(all)),
+                          .params = weights.params.contents(), .first_moment = weights.first_moment.contents(),
+                          .second_moment = weights.second_moment.contents(), .state = std::as_bytes(std::span(all)),
                           .probe = watch_.before()});
     }
 
@@ -251,9 +253,9 @@ private:
         }
     }
 
-    void restore(const std::vector<std::byte>& saved, std::span<std::byte> to, const char* what) const {
-        if (saved.size() != to.size()) misfit(what);
-        std::memcpy(to.data(), saved.data(), to.size());
+    void restore(const std::vector<std::byte>& saved, typename Device::Memory& to, const char* what) const {
+        if (static_cast<index_t>(saved.size()) != to.size()) misfit(what);
+        to.load(saved);
     }
     [[noreturn]] void misfit(const char* what) const {
         throw UserError("checkpoint " + checkpoint_path(settings_, shared_.strategy).string() + ": its " + what +
@@ -270,11 +272,11 @@ private:
     }
     static void check(Status status) { steelyard::throw_if_refused(std::move(status)); }
 
-    Shared<T>& shared_;
+    Shared<T, Device>& shared_;
     const Settings& settings_;
     Comm comm_;
     Team team_;
-    Replica<T> replica_;
+    Replica<T, Device> replica_;
     StepTotals totals_;
     RoutingWatch watch_;
 };

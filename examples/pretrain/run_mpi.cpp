@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "steelyard/comm/mpi.hpp"
+#include "strategies.hpp"
 
 namespace pretrain {
 
@@ -41,7 +42,10 @@ void Ranks::give_up(int exit_code) {
 RunRecord run_mpi(Shared<float>& shared, double patience) {
     const steelyard::MpiComm comm(MPI_COMM_WORLD, {.timeout = patience});
     try {
-        Run<float, steelyard::MpiComm>(shared, comm, {}).go();
+        const Settings& settings = shared.settings;
+        Run<float, steelyard::MpiComm>(shared, comm, {}, make_moe_blocks<float>(settings, shared.strategy, comm),
+                                       Threads(settings.threads))
+            .go();
     } catch (const std::exception& error) {
         comm.abort("rank " + std::to_string(comm.rank()) + ": " + error.what());
         throw;

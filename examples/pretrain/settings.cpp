@@ -117,7 +117,7 @@ std::string joined(const std::vector<Strategy>& strategies) {
 
 /// Options that arrive as text and become richer values after parsing.
 struct RawText {
-    std::string balance, switch_to, comm, router;
+    std::string balance, switch_to, comm, router, device, precision;
     std::vector<std::string> text;
 };
 
@@ -148,6 +148,13 @@ void add_options(CLI::App& app, Settings& s, RawText& raw) {
     app.add_option("--capacity-factor", s.capacity_factor,
                    "Places of an expert in a micro-batch over its even share; later tokens are dropped. 0: no limit")
         ->group(group);
+
+    group = "Device";
+    app.add_option("--device", raw.device, "cpu, or cuda: one GPU for all ranks")->group(group)->type_name("NAME");
+    app.add_option("--precision", raw.precision,
+                   "Of the mixture-of-experts layers: bf16 or float; usual: bf16 on a GPU, float on the CPU")
+        ->group(group)
+        ->type_name("NAME");
 
     group = "Batch (one step sees ranks x micro-batch x accumulate sequences)";
     app.add_option("--ranks", s.ranks, "Data-parallel ranks")->group(group);
@@ -244,6 +251,24 @@ CommKind comm_named(std::string_view name) {
     throw UserError("--comm is threads or mpi, but '" + std::string(name) + "' came");
 }
 
+std::string name_of(DeviceKind device) { return device == DeviceKind::cuda ? "cuda" : "cpu"; }
+
+DeviceKind device_named(std::string_view name) {
+    if (name == "cpu") return DeviceKind::cpu;
+    if (name == "cuda") return DeviceKind::cuda;
+    throw UserError("--device is cpu or cuda, but '" + std::string(name) + "' came");
+}
+
+std::string name_of(Precision precision) {
+    return precision == Precision::usual ? "usual" : precision == Precision::bf16 ? "bf16" : "float";
+}
+
+Precision precision_named(std::string_view name) {
+    for (const Precision precision : {Precision::usual, Precision::single, Precision::bf16})
+        if (name == name_of(precision)) return precision;
+    throw UserError("--precision is usual, float or bf16, but '" + std::string(name) + "' came");
+}
+
 std::int64_t balance_bsz(const Settings& s, Strategy strategy) {
     switch (strategy) {
         case Strategy::sequence:
@@ -287,6 +312,8 @@ std::string balance_bsz_text(const Settings& s, Strategy strategy) {
 
 namespace {
 
+constexpr int most_experts_on_gpu = 1024;
+
 /// What is wrong with the router and its options, in one sentence.
 std::string router_complaint(const Settings& s) {
     if (!(s.threshold >= 0 && s.threshold <= 1)) return out_of_range("--threshold", "from 0 to 1", s.threshold);
@@ -310,6 +337,27 @@ std::string router_complaint(const Settings& s) {
         return "--router domain gives each of the " + std::to_string(s.domain_count()) + " domains --top-k " +
                std::to_string(s.top_k) + " experts of its own, so --experts must be at least " +
                std::to_string(needed) + ", but is " + std::to_string(s.experts);
+    return "";
+}
+
+/// What the device cannot do of what the settings ask, in one sentence.
+std::string device_complaint(const Settings& s) {
+    if (s.device == DeviceKind::cpu) {
+        if (s.in_bf16()) return "--precision bf16 needs --device cuda: on the CPU there is float";
+        return "";
+    }
+    if (s.comm != CommKind::threads)
+        return "--device cuda runs all ranks on one GPU, as threads: it needs --comm threads, but '" + name_of(s.comm) +
+               "' came";
+    if (s.router != RouterKind::top_k && s.router != RouterKind::dense)
+        return "--device cuda has the routers top-k and dense, but --router '" + name_of(s.router) + "' came";
+    if (s.capacity_factor != 0)
+        return "--device cuda drops nothing: it needs --capacity-factor 0, but " + number(s.capacity_factor) + " came";
+    if (std::find(s.balance.begin(), s.balance.end(), Strategy::shuffle) != s.balance.end())
+        return "--device cuda has every --balance but 'shuffle', which draws tokens over ranks";
+    if (s.experts > most_experts_on_gpu)
+        return out_of_range("--experts", ("at most " + std::to_string(most_experts_on_gpu) + " with --device cuda").c_str(),
+                            s.experts);
     return "";
 }
 
@@ -360,6 +408,7 @@ std::string complaint(const Settings& s) {
     if (s.top_k > s.experts)
         return "--top-k " + std::to_string(s.top_k) + " is more than --experts " + std::to_string(s.experts);
     if (const std::string sentence = router_complaint(s); !sentence.empty()) return sentence;
+    if (const std::string sentence = device_complaint(s); !sentence.empty()) return sentence;
     if (s.dim % s.heads != 0)
         return "--dim " + std::to_string(s.dim) + " cannot be divided by --heads " + std::to_string(s.heads);
     if (s.dim / s.heads % 2 != 0)
@@ -393,6 +442,8 @@ struct FieldTexts {
     }
     void operator()(const char* name, Strategy v) { texts.emplace_back(name, name_of(v)); }
     void operator()(const char* name, CommKind v) { texts.emplace_back(name, name_of(v)); }
+    void operator()(const char* name, DeviceKind v) { texts.emplace_back(name, name_of(v)); }
+    void operator()(const char* name, Precision v) { texts.emplace_back(name, name_of(v)); }
     void operator()(const char* name, RouterKind v) { texts.emplace_back(name, name_of(v)); }
     void operator()(const char* name, const std::string& v) { texts.emplace_back(name, v); }
     template <class Number>
@@ -433,6 +484,7 @@ std::string resume_complaint(const Settings& saved, const Settings& now) {
     for (std::size_t i = 0; i < before.size(); ++i) {
         const std::string& name = before[i].first;
         if (name == "out" || name == "threads" || name == "checkpoint_every" || name == "eval_every") continue;
+        if (name == "device" || name == "precision") continue;
         if (name == "eval_sequences" || before[i].second == after[i].second) continue;
         return "--resume needs the settings of the checkpoint, which has " + option_of(name) + " '" + before[i].second +
                "', but '" + after[i].second + "' came";
@@ -456,7 +508,8 @@ std::string command_of(const Settings& s) {
 
 CommandLine parse_command_line(int argc, const char* const* argv) {
     Settings s;
-    RawText raw{joined(s.balance), name_of(s.switch_to), name_of(s.comm), name_of(s.router), {}};
+    RawText raw{joined(s.balance), name_of(s.switch_to), name_of(s.comm),     name_of(s.router),
+                name_of(s.device), name_of(s.precision), {}};
     CLI::App app{
         "Trains small mixture-of-experts language models on bytes, one for each balance strategy, with\n"
         "equal tokens and seed, and reports perplexity, balance and specialisation side by side.\n",
@@ -469,6 +522,8 @@ CommandLine parse_command_line(int argc, const char* const* argv) {
         s.balance = strategies_from(raw.balance);
         s.comm = comm_named(raw.comm);
         s.router = router_named(raw.router);
+        s.device = device_named(raw.device);
+        s.precision = precision_named(raw.precision);
         s.switch_to = strategy_named(raw.switch_to);
         for (const auto& text : raw.text) s.text.push_back(text_source_from(text));
         answer.message = complaint(s);

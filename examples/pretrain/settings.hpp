@@ -65,6 +65,22 @@ enum class CommKind { threads, mpi };
 [[nodiscard]] std::string name_of(CommKind comm);
 [[nodiscard]] CommKind comm_named(std::string_view name);
 
+/// Whose memory and kernels a model is trained in.
+enum class DeviceKind { cpu, cuda };
+
+[[nodiscard]] std::string name_of(DeviceKind device);
+[[nodiscard]] DeviceKind device_named(std::string_view name);
+
+/// Elements of the mixture-of-experts layers. Weights, moments and all else are float either way.
+enum class Precision {
+    usual,   ///< bf16 on a GPU, float on the CPU
+    single,  ///< "float"
+    bf16,
+};
+
+[[nodiscard]] std::string name_of(Precision precision);
+[[nodiscard]] Precision precision_named(std::string_view name);
+
 /// One domain of text: a file, or a folder whose files are read in sorted order.
 struct TextSource {
     std::string name, path;
@@ -96,6 +112,10 @@ struct Settings {
     int segment = 32;            ///< merge: tokens that share a blend of experts
     double threshold = 0.4;      ///< threshold: probability that a token's experts add up to
     double capacity_factor = 0;  ///< places of an expert beside the even share; 0: no limit
+
+    // Device
+    DeviceKind device = DeviceKind::cpu;
+    Precision precision = Precision::usual;
 
     // Batch. One optimizer step sees ranks × micro_batch × accumulate sequences.
     int ranks = 4;
@@ -153,6 +173,10 @@ struct Settings {
     }
     /// `switch_at` with its default resolved.
     [[nodiscard]] std::int64_t switch_step() const { return switch_at > 0 ? switch_at : steps / 2; }
+    /// Whether the mixture-of-experts layers are of bf16: `precision` with its default resolved.
+    [[nodiscard]] bool in_bf16() const {
+        return precision == Precision::usual ? device == DeviceKind::cuda : precision == Precision::bf16;
+    }
     /// Warm-up with its limit applied.
     [[nodiscard]] std::int64_t warmup_steps() const { return warmup < steps / 10 ? warmup : steps / 10; }
 
@@ -167,6 +191,7 @@ struct Settings {
         field("router", router), field("router_groups", router_groups), field("segment", segment);
         field("threshold", threshold);
         field("capacity_factor", capacity_factor);
+        field("device", device), field("precision", precision);
         field("ranks", ranks), field("comm", comm), field("threads", threads), field("micro_batch", micro_batch);
         field("accumulate", accumulate), field("sequence", sequence);
         field("layers", layers), field("dim", dim), field("heads", heads), field("experts", experts);
@@ -190,7 +215,8 @@ struct Settings {
 [[nodiscard]] std::string complaint(const Settings& settings);
 
 /// What must agree between a checkpoint and the command that resumes it: the first difference in one
-/// sentence, or empty. Where output goes, how often it is written, and how many threads a rank has, may change.
+/// sentence, or empty. Where output goes, how often it is written, how many threads a rank has, the device and its
+/// precision may change.
 [[nodiscard]] std::string resume_complaint(const Settings& saved, const Settings& now);
 
 /// A parsed command line: settings, or what to print and the exit code.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <memory>
-#include <string>
+#include <vector>
 
 #include "moe_block.hpp"
 #include "settings.hpp"
@@ -14,5 +14,14 @@ namespace pretrain {
 template <class T, class Comm>
 [[nodiscard]] std::unique_ptr<MoeBlock<T>> make_moe_block(const Settings& settings, Strategy strategy, int layer,
                                                           const Comm& comm);
+
+/// The blocks of all layers, as the Transformer takes them.
+template <class T, class Comm>
+[[nodiscard]] std::vector<std::unique_ptr<MoeBlock<T>>> make_moe_blocks(const Settings& settings, Strategy strategy,
+                                                                        const Comm& comm) {
+    std::vector<std::unique_ptr<MoeBlock<T>>> blocks;
+    for (int l = 0; l < settings.layers; ++l) blocks.push_back(make_moe_block<T>(settings, strategy, l, comm));
+    return blocks;
+}
 
 }  // namespace pretrain

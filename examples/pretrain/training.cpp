@@ -3,8 +3,10 @@
 #include <optional>
 
 #include "run.hpp"
+#include "run_cuda.hpp"
 #include "run_mpi.hpp"
 #include "steelyard/comm/threads.hpp"
+#include "strategies.hpp"
 
 namespace pretrain {
 
@@ -22,7 +24,10 @@ constexpr double patience = 600;
 RunRecord run_threads(Shared<float>& shared) {
     steelyard::ThreadGroup group(shared.settings.ranks, {.timeout = patience});
     steelyard::run_ranks(group, [&](const steelyard::ThreadComm& comm) {
-        Run<float, steelyard::ThreadComm>(shared, comm, {comm.rank(), comm.size()}).go();
+        Run<float, steelyard::ThreadComm>(shared, comm, {comm.rank(), comm.size()},
+                                          make_moe_blocks<float>(shared.settings, shared.strategy, comm),
+                                          Threads(shared.settings.threads))
+            .go();
     });
     return std::move(shared.record);
 }
@@ -44,8 +49,14 @@ std::optional<Checkpoint> saved_run(const Settings& settings, Strategy strategy,
 
 }  // namespace
 
+void require_device(const Settings& settings) {
+    if (settings.device == DeviceKind::cpu) return;
+    if (const std::string sentence = cuda_complaint(); !sentence.empty()) throw UserError(sentence);
+}
+
 RunRecord train(const Settings& settings, Strategy strategy, const Corpus& corpus) {
     const std::optional<Checkpoint> from = saved_run(settings, strategy, corpus);
+    if (settings.device == DeviceKind::cuda) return run_cuda(settings, strategy, corpus, from, patience);
     Shared<float> shared{.settings = settings, .strategy = strategy, .corpus = corpus, .from = from,
                          .weights = nullptr, .record = {}};
     if (settings.comm == CommKind::mpi) return run_mpi(shared, patience);

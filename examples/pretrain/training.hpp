@@ -36,6 +36,9 @@ void ask_to_stop() noexcept;
 /// Takes the wish back.
 void forget_stop() noexcept;
 
+/// Throws `UserError` where this build, or this machine, lacks the settings' device.
+void require_device(const Settings& settings);
+
 /// Trains under one strategy and returns its record (complete on the first process; empty series elsewhere).
 /// With `settings.resume` it goes on from the strategy's checkpoint, where there is one. Throws `UserError` for a
 /// checkpoint that does not fit, and `steelyard::Error` for what the library refuses.

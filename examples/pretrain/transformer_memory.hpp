@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "moe_block.hpp"
@@ -23,13 +24,13 @@ struct ModelShape {
     [[nodiscard]] index_t half_head() const { return width / heads / 2; }
 };
 
-template <class T>
+template <class T, class Space = steelyard::HostSpace>
 struct LayerParams {
-    view<T, 1> attention_norm;  // [d]
-    view<T, 2> qkv;             // [3d, d]  queries, keys, values
-    view<T, 2> out;             // [d, d]
-    view<T, 1> moe_norm;        // [d]
-    view<std::byte, 1> moe;     // the library's bundle
+    view<T, 1, Space> attention_norm;  // [d]
+    view<T, 2, Space> qkv;             // [3d, d]  queries, keys, values
+    view<T, 2, Space> out;             // [d, d]
+    view<T, 1, Space> moe_norm;        // [d]
+    view<std::byte, 1, Space> moe;     // the library's bundle
 
     template <class Field>
     void fields(Field&& field, const ModelShape& m, index_t moe_bytes) {
@@ -42,12 +43,12 @@ struct LayerParams {
 };
 
 /// All parameters in one block of memory, so that optimizer, sums over ranks and checkpoints see one array.
-template <class T>
+template <class T, class Space = steelyard::HostSpace>
 struct ModelParams {
-    view<T, 2> embedding;  // [V, d]
-    std::vector<LayerParams<T>> layers;
-    view<T, 1> norm;  // [d]
-    view<T, 2> head;  // [V, d]  not tied to the embedding
+    view<T, 2, Space> embedding;  // [V, d]
+    std::vector<LayerParams<T, Space>> layers;
+    view<T, 1, Space> norm;  // [d]
+    view<T, 2, Space> head;  // [V, d]  not tied to the embedding
 
     template <class Field>
     void fields(Field&& field, const ModelShape& m, index_t moe_bytes) {
@@ -59,17 +60,17 @@ struct ModelParams {
     }
 };
 
-template <class T>
+template <class T, class Space = steelyard::HostSpace>
 struct LayerActivations {
-    view<T, 2> x;                  // [T, d]   residual stream at the layer's start
-    view<T, 2> attention_in;       // [T, d]   its norm
-    view<T, 1> attention_inverse;  // [T]
-    view<T, 2> qkv;                // [T, 3d]  turned by rotary positions
-    view<T, 4> probabilities;      // [S, H, L, L]
-    view<T, 2> attended;           // [T, d]
-    view<T, 2> middle;             // [T, d]   residual stream after attention
-    view<T, 2> moe_in;             // [T, d]   its norm
-    view<T, 1> moe_inverse;        // [T]
+    view<T, 2, Space> x;                  // [T, d]   residual stream at the layer's start
+    view<T, 2, Space> attention_in;       // [T, d]   its norm
+    view<T, 1, Space> attention_inverse;  // [T]
+    view<T, 2, Space> qkv;                // [T, 3d]  turned by rotary positions
+    view<T, 4, Space> probabilities;      // [S, H, L, L]
+    view<T, 2, Space> attended;           // [T, d]
+    view<T, 2, Space> middle;             // [T, d]   residual stream after attention
+    view<T, 2, Space> moe_in;             // [T, d]   its norm
+    view<T, 1, Space> moe_inverse;        // [T]
 
     template <class Field>
     void fields(Field&& field, const ModelShape& m) {
@@ -95,37 +96,41 @@ struct LayerActivations {
 };
 
 /// What forward leaves for backward, and backward's own workspace.
-template <class T>
+template <class T, class Space = steelyard::HostSpace>
 struct Activations {
-    std::vector<LayerActivations<T>> layers;
-    view<T, 2> x;        // [T, d]  residual stream at the end
-    view<T, 2> head_in;  // [T, d]  its norm
-    view<T, 1> inverse;  // [T]
-    view<T, 2> logits;   // [T, V]  then probabilities, then their gradient
-    view<T, 1> losses;   // [T]
-    view<T, 3> rotary;   // [L, 2, half head]  constant
-    view<T, 2> dx;       // [T, d]  gradient of the residual stream
-    view<T, 2> branch;   // [T, d]  a branch's output, or the gradient of its input
-    view<T, 2> dqkv;     // [T, 3d]
-    view<T, 3> dscores;  // [S·H, query tile, L]
-    view<T, 2> dlogits[2];  // [T, E]  gradients by the logits that one layer's router hands on to the next, in turn
+    std::vector<LayerActivations<T, Space>> layers;
+    view<T, 2, Space> x;        // [T, d]  residual stream at the end
+    view<T, 2, Space> head_in;  // [T, d]  its norm
+    view<T, 1, Space> inverse;  // [T]
+    view<T, 2, Space> logits;   // [T, V]  then probabilities, then their gradient
+    view<T, 3, Space> rotary;   // [L, 2, half head]  constant
+    view<T, 2, Space> dx;       // [T, d]  gradient of the residual stream
+    view<T, 2, Space> branch;   // [T, d]  a branch's output, or the gradient of its input
+    view<T, 2, Space> dqkv;     // [T, 3d]
+    view<T, 3, Space> dscores;  // [S·H, queries that are worked on together, L]
+    view<T, 2, Space> dlogits[2];  // [T, E]  gradients by the logits that one layer's router hands on, in turn
+    view<index_t, 1, Space> offsets;               // [S + 1]  where sequences begin; constant
+    view<std::uint8_t, 1, Space> tokens, targets;  // [T]  absent where the device reaches those that are given
 
     template <class Field>
     void fields(Field&& field, const ModelShape& m, index_t queries) {
-        const index_t tokens = m.tokens(), d = m.width;
+        const index_t tokens_of_call = m.tokens(), d = m.width;
+        const index_t brought = std::is_same_v<Space, steelyard::HostSpace> ? 0 : tokens_of_call;
         layers.resize(static_cast<std::size_t>(m.layers));
         for (std::size_t l = 0; l < layers.size(); ++l) field.group(std::to_string(l), layers[l], m);
-        field("x", x, tokens, d);
-        field("head_in", head_in, tokens, d);
-        field("inverse", inverse, tokens);
-        field("logits", logits, tokens, m.vocabulary);
-        field("losses", losses, tokens);
+        field("x", x, tokens_of_call, d);
+        field("head_in", head_in, tokens_of_call, d);
+        field("inverse", inverse, tokens_of_call);
+        field("logits", logits, tokens_of_call, m.vocabulary);
         field("rotary", rotary, m.length, index_t{2}, m.half_head());
-        field("dx", dx, tokens, d);
-        field("branch", branch, tokens, d);
-        field("dqkv", dqkv, tokens, 3 * d);
+        field("dx", dx, tokens_of_call, d);
+        field("branch", branch, tokens_of_call, d);
+        field("dqkv", dqkv, tokens_of_call, 3 * d);
         field("dscores", dscores, m.sequences * m.heads, queries, m.length);
-        for (auto& gradient : dlogits) field("dlogits", gradient, m.handed_on > 0 ? tokens : 0, m.handed_on);
+        for (auto& gradient : dlogits) field("dlogits", gradient, m.handed_on > 0 ? tokens_of_call : 0, m.handed_on);
+        field("offsets", offsets, m.sequences + 1);
+        field("tokens", tokens, brought);
+        field("targets", targets, brought);
     }
 };
 

@@ -37,6 +37,22 @@ TEST_CASE("a record survives JSON with every bit") {
     CHECK(std::isnan(record_from_json(to_json(run)).series.loss[3]));
 }
 
+TEST_CASE("a record from before a setting was there has that setting's default") {
+    RunRecord run = fabricated::run(Strategy::micro, 0, 0, 10);
+    run.settings.device = DeviceKind::cuda;
+    run.settings.precision = Precision::bf16;
+    CHECK(record_from_json(to_json(run)).settings == run.settings);
+    std::string text = to_json(run);
+    for (const std::string line : {"\"device\": \"cuda\",", "\"precision\": \"bf16\","}) {
+        REQUIRE(text.find(line) != std::string::npos);
+        text.erase(text.find(line), line.size());
+    }
+    const RunRecord back = record_from_json(text);
+    CHECK(back.settings.device == DeviceKind::cpu);
+    CHECK(back.settings.precision == Precision::usual);
+    CHECK(back.settings.seed == run.settings.seed);
+}
+
 TEST_CASE("results.json comes back as the same runs") {
     const auto path = std::filesystem::temp_directory_path() / "steelyard-results.json";
     const std::vector<RunRecord> runs = {fabricated::run(Strategy::micro, 0, 0, 10),

@@ -97,6 +97,10 @@ TEST_CASE("every option reaches its setting") {
                                     "0.75",
                                     "--capacity-factor",
                                     "1.5",
+                                    "--device",
+                                    "cpu",
+                                    "--precision",
+                                    "float",
                                     "--text",
                                     "a=b/c",
                                     "--text",
@@ -125,6 +129,7 @@ TEST_CASE("every option reaches its setting") {
     s.switch_at = 50, s.switch_to = Strategy::micro, s.windows = 16;
     s.router = RouterKind::threshold, s.router_groups = 6, s.segment = 9, s.threshold = 0.75;
     s.capacity_factor = 1.5;
+    s.precision = Precision::single;
     s.text = {{"a", "b/c"}, {"d", "e=f"}};
     s.held_out = 0.25, s.text_limit = 1.5, s.eval_sequences = 8, s.out = "there", s.resume = true;
     s.checkpoint_every = 10, s.eval_every = 20, s.quiet = true;
@@ -248,6 +253,44 @@ TEST_CASE("wrong input is answered in one sentence") {
     CHECK(refusal({"foo"}) == "there is no option 'foo'; --help lists them all");
 }
 
+TEST_CASE("what a GPU cannot do is refused before anything starts, and the sentence says what it can") {
+    const auto on_gpu = [](std::vector<std::string> arguments) {
+        arguments.insert(arguments.begin(), {"--device", "cuda"});
+        return arguments;
+    };
+    CHECK(refusal({"--device", "tpu"}) == "--device is cpu or cuda, but 'tpu' came");
+    CHECK(refusal({"--precision", "fp8"}) == "--precision is usual, float or bf16, but 'fp8' came");
+    CHECK(refusal({"--precision", "bf16"}) == "--precision bf16 needs --device cuda: on the CPU there is float");
+    for (const RouterKind router : all_routers) {
+        if (router == RouterKind::top_k || router == RouterKind::dense || router == RouterKind::merge) continue;
+        CHECK(refusal(on_gpu({"--router", name_of(router)})) ==
+              "--device cuda has the routers top-k and dense, but --router '" + name_of(router) + "' came");
+    }
+    CHECK(refusal(on_gpu({"--router", "merge", "--balance", "none"})).find("--router 'merge'") != std::string::npos);
+    CHECK(refusal(on_gpu({"--capacity-factor", "1.25"})) ==
+          "--device cuda drops nothing: it needs --capacity-factor 0, but 1.25 came");
+    CHECK(refusal(on_gpu({"--balance", "sync,shuffle"})) ==
+          "--device cuda has every --balance but 'shuffle', which draws tokens over ranks");
+    CHECK(refusal(on_gpu({"--comm", "mpi"})) ==
+          "--device cuda runs all ranks on one GPU, as threads: it needs --comm threads, but 'mpi' came");
+    CHECK(refusal(on_gpu({"--experts", "1025"})) == "--experts must be at most 1024 with --device cuda, but is 1025");
+}
+
+TEST_CASE("what a GPU can do is accepted: bf16 unless float is asked for") {
+    for (const Strategy strategy : all_strategies) {
+        if (strategy == Strategy::shuffle) continue;
+        const CommandLine line = parse({"--device", "cuda", "--balance", name_of(strategy)});
+        REQUIRE_MESSAGE(line.settings.has_value(), line.message);
+        CHECK(line.settings->device == DeviceKind::cuda);
+        CHECK(line.settings->in_bf16());
+    }
+    const CommandLine line = parse({"--device", "cuda", "--router", "dense", "--precision", "float"});
+    REQUIRE(line.settings.has_value());
+    CHECK_FALSE(line.settings->in_bf16());
+    CHECK(command_of(*line.settings) == "pretrain --router dense --device cuda --precision float");
+    CHECK_FALSE(Settings{}.in_bf16());
+}
+
 TEST_CASE("Balance BSZ counts the sequences that f is taken over") {
     Settings s;  // 4 ranks of 2 sequences, 4 micro-steps
     CHECK(s.global_batch() == 32);
@@ -267,6 +310,8 @@ TEST_CASE("Balance BSZ counts the sequences that f is taken over") {
 TEST_CASE("a checkpoint is resumed under its own settings only") {
     Settings saved, now;
     now.out = "elsewhere", now.threads = 2, now.checkpoint_every = 7, now.eval_every = 5;
+    CHECK(resume_complaint(saved, now).empty());
+    now.device = DeviceKind::cuda, now.precision = Precision::single;
     CHECK(resume_complaint(saved, now).empty());
     now.router = RouterKind::hash;
     CHECK(resume_complaint(saved, now) ==

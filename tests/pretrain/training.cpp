@@ -6,6 +6,7 @@
 #include <fstream>
 #include <string>
 
+#include "pretrain/run_cuda.hpp"
 #include "pretrain/training.hpp"
 #include "same_runs.hpp"
 
@@ -182,6 +183,21 @@ TEST_CASE("pretrain training: a checkpoint that does not fit is refused, and the
     CHECK(complaint_of(settings, Strategy::sync, corpus).find("strategy sync, came micro") != std::string::npos);
     std::ofstream(checkpoint_path(settings, Strategy::micro)) << "not a checkpoint at all";
     CHECK(complaint_of(settings, Strategy::micro, corpus).find("another kind of file") != std::string::npos);
+}
+
+TEST_CASE("pretrain training: a GPU that this build or this machine lacks is refused in one sentence") {
+    Settings settings;
+    require_device(settings);
+    settings.device = DeviceKind::cuda;
+    const std::string why = cuda_complaint();
+    if (why.empty()) {
+        require_device(settings);
+        MESSAGE("skipped: there is a GPU here");
+        return;
+    }
+    CHECK(why.starts_with("--device cuda: "));
+    CHECK(why.find('\n') == std::string::npos);
+    CHECK_THROWS_WITH_AS(require_device(settings), why.c_str(), UserError);
 }
 
 TEST_CASE("pretrain training: a number of windows that is not compiled is refused in one sentence") {

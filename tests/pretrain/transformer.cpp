@@ -42,7 +42,7 @@ Transformer<double>::Blocks blocks_of(const Settings& s, Strategy strategy, cons
 /// A model with weights, on one batch of random bytes below 16.
 struct Model {
     explicit Model(const Settings& s, Strategy strategy)
-        : model(model_shape(s), blocks_of(s, strategy, alone.comm(0)), 1), weights(model.param_bytes()),
+        : model(model_shape(s), blocks_of(s, strategy, alone.comm(0)), Threads(1)), weights(model.param_bytes()),
           gradient(model.param_bytes()), params(model.place_params(weights.data())),
           grads(model.place_params(gradient.data())) {
         initialise(model.tensors(weights.data()), s.layers, 3);
@@ -83,7 +83,7 @@ struct Model {
 void check_gradients(Model& m) {
     m.loss();
     const double weight = 1.0 / static_cast<double>(m.tokens().extents[0]);
-    REQUIRE(m.model.backward(m.params, m.tokens(), m.targets(), weight, StepInfo{}, m.grads));
+    REQUIRE(m.model.backward(m.params, weight, StepInfo{}, m.grads));
     const auto tensors = m.model.tensors(m.weights.data()), grads = m.model.tensors(m.gradient.data());
     for (std::size_t i = 0; i < tensors.size(); ++i) {
         CAPTURE(tensors[i].name);
@@ -194,7 +194,7 @@ std::vector<double> split_gradient(int ranks, int micro_batch, int accumulate, S
     std::vector<std::vector<double>> parts(static_cast<std::size_t>(ranks));
     steelyard::ThreadGroup group(ranks);
     steelyard::run_ranks(group, [&](const ThreadComm& comm) {
-        Replica<double> replica(s, comm.rank(), blocks_of(s, strategy, comm));
+        Replica<double> replica(s, comm.rank(), blocks_of(s, strategy, comm), Threads(1));
         Bytes weights(replica.model().param_bytes());
         initialise(replica.model().tensors(weights.data()), s.layers, 3);
         StepTotals totals(s.layers, s.experts);

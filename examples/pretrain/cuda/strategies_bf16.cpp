@@ -1,0 +1,6 @@
+#include "block.hpp"
+
+namespace pretrain {
+template std::unique_ptr<CudaBlock> make_cuda_block<steelyard::bf16>(const Gpu&, const Settings&, Strategy, int,
+                                                                     const steelyard::ThreadComm&);
+}  // namespace pretrain
