@@ -11,7 +11,7 @@
 #include "steelyard/core/layout.hpp"
 #include "steelyard/core/routing.hpp"
 #include "steelyard/expert/shared.hpp"
-#include "steelyard/layer/stack.hpp"
+#include "steelyard/layer/block.hpp"
 #include "steelyard/layer/sum_head.hpp"
 #include "steelyard/mixture/sparse.hpp"
 
@@ -88,6 +88,8 @@ struct LayerTypes {
     using Balance = BalanceT;
     using Comm = CommT;
     using Overflow = OverflowT;
+    using Block = typename LayerMemory<DeviceT>::Block;
+    using Stack = typename LayerMemory<DeviceT>::Stack;
     using Parts = ExpertParts<ExpertT>;
     using Config = LayerConfig<RouterT, ExpertT, BalanceT, OverflowT, DeviceT>;
     using RoutedTypes = MixtureTypes<T, RouterT, OverflowT, typename Parts::Routed, DeviceT, RetentionT::keeps>;
@@ -149,10 +151,10 @@ struct LayerTypes {
         }
     };
 
-    /// What lasts between steps. Nothing at all for a policy that remembers nothing.
+    /// What lasts between steps, in the host's memory. Nothing at all for a policy that remembers nothing.
     struct State {
-        view<StateHeader, 1, Space> header;  // [1]
-        typename BalanceT::template State<Space> balance;
+        view<StateHeader, 1> header;  // [1]
+        typename BalanceT::template State<> balance;
 
         template <class Field>
         void fields(Field&& field, const Dims& dims) {
@@ -207,7 +209,8 @@ struct LayerTypes {
         view<const T, 2, Space> x;  // [T, d]
         Params<const T> params;
         view<T, 2, Space> y;  // [T, d]  (=); [T, n d] for a mixture with n outputs
-        std::span<std::byte> context, workspace, state;
+        Block context, workspace;
+        std::span<std::byte> state;
         TokenInfo<Space> tokens = {};
         Stack* stack = nullptr;                           ///< defers the sum of the statistics to the caller
         index_t row = 0;                                  ///< of the stack
@@ -221,7 +224,7 @@ struct LayerTypes {
         view<const T, 2, Space> dy;  // [T, d]; [T, n d] for a mixture with n outputs
         view<T, 2, Space> dx;        // [T, d]  (=)
         Params<T> grads;             //         (+=)  absent tensors are frozen
-        std::span<std::byte> context, workspace;
+        Block context, workspace;
         view<const gate_t<T>, 2, Space> prior = {};  // [T, E]  the same values as in forward
         view<gate_t<T>, 2, Space> dprior = {};       // [T, E]  (+=), or absent
         view<const gate_t<T>, 2, Space> dlogits =
