@@ -21,6 +21,13 @@ TEST_CASE("layers on the GPU that share one sum compute what each computes alone
     check_same(train(SelfComm{}, MicroBatchLoss{}, {.stacked = true}), train(SelfComm{}, MicroBatchLoss{}));
 }
 
+TEST_CASE("forward, conclude and backward of layers that remember return while the GPU stands still") {
+    constexpr auto grouped = CudaExperts::grouped;  // looped experts wait for the plan
+    const gpu::Trained want = train(SelfComm{}, all, {}, grouped);
+    check_same(train(SelfComm{}, all, {.gated = true}, grouped), want);
+    check_same(train(SelfComm{}, all, {.stacked = true, .gated = true}, grouped), want);
+}
+
 TEST_CASE("a backend that the host waits for sums layers on the GPU, each by itself or as one") {
     ThreadGroup group(1);
     const ThreadComm comm = group.comm(0);

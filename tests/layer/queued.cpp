@@ -59,7 +59,7 @@ RankResult on_far(const typename Layer::Config& config, const typename Layer::Co
             const long waits = machine.waits;
             const Status s = rig.call(call);
             REQUIRE_MESSAGE(s.ok(), s.message());
-            if (!Layer::Balance::remembers) CHECK(machine.waits == waits);
+            if (StreamOrderedComm<typename Layer::Comm>) CHECK(machine.waits == waits);
         }
         REQUIRE(rig.end_step(step).ok());
     }
@@ -203,6 +203,51 @@ TEST_CASE("an enqueued sum that a rank refuses is found out, spoils loss and gra
             CHECK(std::isfinite(rig.loss(call)));
         }
     });
+}
+
+TEST_CASE("a replay that was enqueued on a sum which comes out refused is found out, and spoiled, too") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, QueuedComm<ThreadComm>, KeepActivations, Far>;
+    ThreadGroup group(2);
+    run_ranks(group, [&](const ThreadComm& comm) {
+        FarMachine machine;
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {&comm, &machine}, machine);
+        const Call call = script_of(0, comm.rank(), false)[0];
+        Call refused = call;
+        if (comm.rank() == 1) refused.batch.step.token_offset = -1;
+        CHECK(rig.call(refused).ok() == (comm.rank() == 0));
+        if (comm.rank() == 0) {
+            CHECK(rig.call(call).ok());  // nothing has run yet: a replay, as far as the host knows
+            rig.rest();
+            for (const std::size_t of : {0u, 1u}) {
+                CHECK(rig.summed(of).code() == Code::rank_refused);
+                CHECK(std::isnan(rig.loss(of)));
+            }
+            CHECK(rig.balance_state().log.step[0] == -1);
+        }
+        REQUIRE(rig.call(call).ok());
+        REQUIRE(rig.call(call).ok());
+        const std::vector<Outcome> outcomes = rig.outcomes();
+        const Outcome &first = outcomes[outcomes.size() - 2], &replay = outcomes.back();
+        CHECK(rig.summed(outcomes.size() - 2).message() == "ok");
+        CHECK(rig.summed(outcomes.size() - 1).message() == "ok");
+        CHECK(first.loss > 0.0);
+        CHECK(replay == first);
+    });
+}
+
+TEST_CASE("forward waits for the statistics of its context's last call, and for nothing that comes after them") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, SelfComm, KeepActivations, Far>;
+    FarMachine machine;
+    FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {}, machine);
+    const auto script = script_of(0, 0, false);
+    REQUIRE(rig.forward(script[0]).ok());
+    bool ran = false;
+    machine.enqueue(FarMachine::main_line, [&] { ran = true; });
+    REQUIRE(rig.forward(script[1], nullptr, 0, 0).ok());
+    CHECK(machine.waits == 1);
+    CHECK_FALSE(ran);
+    rig.rest();
+    CHECK(ran);
 }
 
 TEST_CASE("what such a layer cannot know is asked of the caller") {

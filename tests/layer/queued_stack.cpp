@@ -99,6 +99,7 @@ Told on_far(const BalanceT& balance, const CommT& comm, FarMachine& machine, boo
     typename Layer::Stack stack(memory, layers, words, {&machine});
     for (std::int64_t step = 0; step < 2; ++step) {
         for (const Call& call : script_of(step, comm.rank(), masked)) {
+            const long waits = machine.waits;
             stack.clear();
             for (std::size_t l = 0; l < layers; ++l)
                 REQUIRE(rigs[l]->forward(call, &stack, static_cast<index_t>(l)).message() == "ok");
@@ -108,6 +109,7 @@ Told on_far(const BalanceT& balance, const CommT& comm, FarMachine& machine, boo
                 REQUIRE(rigs[l]->conclude(stack, static_cast<index_t>(l)).message() == "ok");
                 REQUIRE(rigs[l]->backward().message() == "ok");
             }
+            CHECK(machine.waits <= waits + (StreamOrderedComm<CommT> ? 0 : 1));
         }
         stack.clear();
         for (std::size_t l = 0; l < layers; ++l)

@@ -14,6 +14,11 @@ void compare(const NcclComm& comm, const BalanceT& balance) {
     const gpu::Trained alone = gpu::train(SelfComm{}, balance);
     gpu::check_same(gpu::train(comm, balance), alone);
     gpu::check_same(gpu::train(comm, balance, {.stacked = true}), alone);
+    // Nobody waits for a sum. Looped experts would wait for the plan.
+    const auto grouped = CudaExperts::grouped;
+    const gpu::Trained alone_grouped = gpu::train(SelfComm{}, balance, {}, grouped);
+    gpu::check_same(gpu::train(comm, balance, {.gated = true}, grouped), alone_grouped);
+    gpu::check_same(gpu::train(comm, balance, {.stacked = true, .gated = true}, grouped), alone_grouped);
 }
 
 }  // namespace

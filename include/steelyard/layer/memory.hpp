@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -62,6 +63,26 @@ struct StateHeader {
 
     static constexpr std::int64_t expected_magic = 0x53544c5953544154, current_version = 1;
     friend bool operator==(const StateHeader&, const StateHeader&) = default;
+};
+
+/// Which sums of statistics a device that works in its own time has been given: the step, for each micro-step; -1:
+/// none. The host asks this, since what the policy remembers is the device's work, and may be yet to come. Other
+/// devices leave it as it is.
+struct EnqueuedSums {
+    view<std::int64_t, 1> step;  // [A]
+
+    [[nodiscard]] bool holds(const StepInfo& at) const { return slot(at).load(std::memory_order_acquire) == at.step; }
+    void enter(const StepInfo& at) const { slot(at).store(at.step, std::memory_order_release); }
+    /// The sum was refused, and may be tried again.
+    void withdraw(const StepInfo& at) const {
+        std::int64_t given = at.step;
+        slot(at).compare_exchange_strong(given, -1);
+    }
+
+private:
+    [[nodiscard]] std::atomic_ref<std::int64_t> slot(const StepInfo& at) const {
+        return std::atomic_ref<std::int64_t>(step[at.micro_step]);
+    }
 };
 
 /// What a layer is made of: sizes and policy values.
@@ -154,12 +175,14 @@ struct LayerTypes {
     /// What lasts between steps, in the host's memory. Nothing at all for a policy that remembers nothing.
     struct State {
         view<StateHeader, 1> header;  // [1]
+        EnqueuedSums enqueued;        // [A]  of a policy that communicates
         typename BalanceT::template State<> balance;
 
         template <class Field>
         void fields(Field&& field, const Dims& dims) {
             if constexpr (BalanceT::remembers) {
                 field("header", header, index_t{1});
+                if constexpr (BalanceT::communicates) field("enqueued", enqueued.step, dims.shape.micro_steps);
                 field.group("balance", balance, dims.balance, dims.shape);
             }
         }

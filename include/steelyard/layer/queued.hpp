@@ -20,9 +20,10 @@ namespace steelyard {
 ///  - Statistics are counted, summed and concluded beside the experts. Policies do their arithmetic in between, on a
 ///    thread of the device's. Backward waits for that on the device.
 ///  - What the host reads of a context (`balance_loss`, `balance_record`, `summed`) or of a state is there after the
-///    device has been waited for. A forward of a policy that remembers waits for the statistics of the forward before,
-///    and so does one whose context is still at work. Nothing else waits, so that other policies' calls can be captured
-///    in a graph, with the step that they were captured with.
+///    device has been waited for. The policy's state is read and written in the device's order, but at the end of a
+///    step, which waits. Forward waits if the statistics of the last call with its context are still at work, or for a
+///    comm backend that does not sum in the device's order. Nothing else waits, so that calls of policies that remember
+///    nothing can be captured in a graph, with the step that they were captured with.
 ///  - Tokens that are refused later, such as logits that are not finite, the device reports (see its `faults`). A sum
 ///    that another rank refused is told by `summed`, and its loss is a NaN.
 ///  - With a mask, a training call gives StepInfo::total_tokens: the host does not count.
@@ -83,16 +84,8 @@ public:
     }
 
     using Stages::check_state;
-    /// A state that has seen nothing, in pinned memory.
-    Status init_state(std::span<std::byte> state) const {
-        if (Status s = check_block("layer.init_state", "state", state, state_bytes()); !s) return s;
-        if constexpr (BalanceT::remembers) {
-            const auto placed = this->place_state(state);
-            placed.header[0] = this->state_header();
-            config_.balance.init(placed.balance);
-        }
-        return {};
-    }
+    /// A state that has seen nothing: init_state(state), in pinned memory.
+    using Stages::init_state;
 
     /// Enqueues y and, under Mode::train, the statistics and this call's balance loss.
     Status forward(const CommT& comm, const ForwardArgs& args) const {
@@ -116,7 +109,7 @@ public:
             if (Status s = dims_.shared.route(this->shared_call(args, tokens, workspace.main), context.shared); !s)
                 return this->refuse_together(comm, args, std::move(s));
         const bool train = tokens.mode == Mode::train;
-        const bool summing = train && config_.balance.exchanges(state.balance, tokens.step);
+        const bool summing = train && this->exchanges(state, tokens.step);
         const bool deferred = summing && args.stack != nullptr;
         if (train) {
             this->observe(args, host, context, workspace, state, summing);
@@ -149,7 +142,7 @@ public:
         if constexpr (!StreamOrderedComm<CommT>)  // else the sum is still to come, and `summed` tells
             if (Status s = SumHead::check(stage, stack.row(row)); !s) return s;
         host.conclusion[0].sum = stack.row(row);
-        Memory::run_on_host(Memory::beside(config_.device), Conclusion::conclude, host.conclusion.data);
+        this->enqueue_conclusion(host.conclusion[0]);
         Memory::join(config_.device);
         call.phase = CallInfo::Phase::ready;
         return {};

@@ -48,15 +48,25 @@ struct QueuedTypes {
         }
         static void conclude(void* self) {
             const auto& of = *static_cast<Conclusion*>(self);
-            Status summed;
-            if (of.summing) summed = SumHead::check("layer.forward", of.sum);
-            *of.refused = static_cast<std::int64_t>(summed.code());
+            const Code code = of.verdict();
+            *of.refused = static_cast<std::int64_t>(code);
             Wire<> words = of.summing ? behind_head(of.sum) : Wire<>();
-            if (summed)
+            if (code == Code::ok)
                 of.balance.conclude(of.seen, of.state.balance, of.record, words);
             else
                 of.spoil();
             std::atomic_ref<std::int64_t>(*of.pending).store(0, std::memory_order_release);
+        }
+        /// Of the sum; or, where the call counts on one that was enqueued before, whether that one has come.
+        [[nodiscard]] Code verdict() const {
+            if constexpr (BalanceT::communicates) {
+                const StepInfo& at = seen.tokens.step;
+                if (!summing) return balance.exchanges(state.balance, at) ? Code::rank_refused : Code::ok;
+                const Status summed = SumHead::check("layer.forward", sum);
+                if (!summed) state.enqueued.withdraw(at);
+                return summed.code();
+            }
+            return Code::ok;
         }
         /// Without a sum there are no slopes: a backward that is enqueued already shall not pass for one with them.
         void spoil() const {

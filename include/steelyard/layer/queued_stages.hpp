@@ -47,14 +47,24 @@ protected:
         return {bytes_of<HostWorkspace>(dims_), bytes_of<DeviceWorkspace>(dims_, config_.device)};
     }
 
-    /// Waits for all that was enqueued: the state, and what lies pinned, is the host's.
-    void rest() const { Memory::wait(Memory::fork(config_.device)); }
+    /// Waits for the statistics that were enqueued, and for what reads a bias: the state, and what lies pinned, is the
+    /// host's.
+    void rest() const {
+        Memory::wait(BalanceT::has_bias ? Memory::fork(config_.device) : Memory::beside(config_.device));
+    }
+
+    /// Whether this training call has anything to sum: not if the device has been given that sum already.
+    [[nodiscard]] bool exchanges([[maybe_unused]] const State& state, [[maybe_unused]] const StepInfo& at) const {
+        if constexpr (BalanceT::communicates)
+            return !state.enqueued.holds(at) && config_.balance.exchanges(state.balance, at);
+        return false;
+    }
 
     /// What this call is about to write must not be at work any more.
     void settle(const HostContext& host) const {
         const bool at_work = host.call[0].magic == CallInfo::expected_magic && host.call[0].layout == context_layout_ &&
                              std::atomic_ref<std::int64_t>(host.pending[0]).load(std::memory_order_acquire) != 0;
-        if (BalanceT::remembers || at_work) rest();
+        if (at_work) Memory::wait(Memory::beside(config_.device));
     }
 
     TokenInfo<Space> remember_call(CallInfo& call, const Context& context, const ForwardArgs& args) const {
@@ -116,18 +126,23 @@ protected:
 
     /// Sums what was posted, and concludes.
     Status sum_and_conclude(const CommT& comm, const HostContext& host) const {
-        const DeviceT beside = Memory::beside(config_.device);
-        Conclusion* const conclusion = host.conclusion.data;
-        if (conclusion->summing) {
-            const std::span<std::int64_t> words{conclusion->wire.data, static_cast<std::size_t>(dims_.wire_words())};
-            if constexpr (!StreamOrderedComm<CommT>) Memory::wait(beside);
+        Conclusion& conclusion = host.conclusion[0];
+        if (conclusion.summing) {
+            const std::span<std::int64_t> words{conclusion.wire.data, static_cast<std::size_t>(dims_.wire_words())};
+            if constexpr (!StreamOrderedComm<CommT>) Memory::wait(Memory::beside(config_.device));
             if (Status s = comm.begin_sum(words); !s) return s;
             if (Status s = comm.end_sum(words); !s) return s;
             if constexpr (!StreamOrderedComm<CommT>)  // else the sum is still to come, and `summed` tells
-                if (Status s = SumHead::check("layer.forward", conclusion->wire); !s) return s;
+                if (Status s = SumHead::check("layer.forward", conclusion.wire); !s) return s;
         }
-        Memory::run_on_host(beside, Conclusion::conclude, conclusion);
+        enqueue_conclusion(conclusion);
         return {};
+    }
+    /// From here on the micro-step's sum is one that the state will hold, unless it comes out refused.
+    void enqueue_conclusion(Conclusion& conclusion) const {
+        if constexpr (BalanceT::communicates)
+            if (conclusion.summing) conclusion.state.enqueued.enter(conclusion.seen.tokens.step);
+        Memory::run_on_host(Memory::beside(config_.device), Conclusion::conclude, &conclusion);
     }
 
     /// A refusal of a forward that the other ranks wait in: takes part in their sum with a word that says so, where the
@@ -144,7 +159,7 @@ protected:
             if (args.stack != nullptr && !check_stack("", args.stack->rows(), args.row, dims_.wire_words()))
                 return refusal;
             rest();
-            if (!config_.balance.exchanges(this->place_state(args.state).balance, at)) return refusal;
+            if (!exchanges(this->place_state(args.state), at)) return refusal;
             const auto wire = wire_of(args);
             std::fill_n(wire.data, wire.size(), std::int64_t{0});
             SumHead::write(wire, this->key(at, false), true);
