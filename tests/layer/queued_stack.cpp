@@ -202,10 +202,15 @@ struct One {
     Alone::Stack stack;
     Call call = script_of(0, 0, false)[0];
 
-    explicit One(index_t rows = 1, index_t more_words = 0)
-        : rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {}, machine),
+    explicit One(index_t rows = 1, index_t more_words = 0, FarMachine::Side side = FarMachine::Side::late)
+        : machine(side),
+          rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {}, machine),
           memory(static_cast<std::size_t>(rows * (rig.layer.wire_words() + more_words))),
-          stack(memory, rows, rig.layer.wire_words() + more_words, {&machine}) {}
+          stack(memory, rows, rig.layer.wire_words() + more_words, {&machine}) {
+        using Source = LayerOf<SynchronizedLoss, SelfComm, Cpu>;
+        const Rig<Source> source(config_of<Source>(0, {}));
+        rig.set_params({source.param_memory.data(), static_cast<std::size_t>(source.param_memory.size())});
+    }
 };
 
 }  // namespace
@@ -257,6 +262,26 @@ TEST_CASE("a forward of such a stack may be tried again when nothing was conclud
     CHECK(one.rig.conclude(one.stack, 0).message() == "ok");
     CHECK(one.rig.backward().message() == "ok");
     CHECK(one.rig.outcomes()[2] == outcomes[1]);
+}
+
+TEST_CASE("backward waits, on the device, for a conclusion of its own or from a stack") {
+    for (const bool stacked : {false, true}) {
+        CAPTURE(stacked);
+        std::vector<std::vector<Outcome>> of_side;
+        for (const auto side : {FarMachine::Side::early, FarMachine::Side::late}) {
+            One one(1, 0, side);
+            REQUIRE(one.rig.forward(one.call, stacked ? &one.stack : nullptr).ok());
+            if (stacked) {
+                REQUIRE(one.stack.begin(SelfComm{}).ok());
+                REQUIRE(one.stack.end(SelfComm{}).ok());
+                REQUIRE(one.rig.conclude(one.stack, 0).ok());
+            }
+            REQUIRE(one.rig.backward().ok());
+            of_side.push_back(one.rig.outcomes());
+        }
+        CHECK(of_side[0] == of_side[1]);
+        CHECK(of_side[0][0].loss > 0.0);
+    }
 }
 
 TEST_CASE("a layer may conclude from another row than its own, and from rows that are wider") {

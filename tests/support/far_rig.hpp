@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -111,6 +112,10 @@ public:
         if (!of.batch.mask.empty()) info.mask = put(of.batch.mask);
         if (!of.batch.sequences.empty()) info.sequences = put(of.batch.sequences);
         if (!of.batch.ids.empty()) info.ids = put(of.batch.ids);
+        std::vector<std::int64_t> of_rank;  // every rank masks as many
+        if (Layer::Balance::needs_rank_tokens && gives_rank_tokens && !of.batch.mask.empty())
+            of_rank.assign(static_cast<std::size_t>(comm_.size()),
+                           std::count(of.batch.mask.begin(), of.batch.mask.end(), std::uint8_t{1}));
         return layer.forward(comm_, {.x = c.x,
                                      .params = layer.read_only_params(params_),
                                      .y = c.y,
@@ -119,7 +124,8 @@ public:
                                      .state = state_,
                                      .tokens = info,
                                      .stack = stack,
-                                     .row = row});
+                                     .row = row,
+                                     .tokens_of_rank = {of_rank.data(), std::ssize(of_rank)}});
     }
     /// Of the last forward, as the next two.
     Status conclude(const typename Layer::Stack& stack, index_t row) {
@@ -179,6 +185,7 @@ public:
     [[nodiscard]] auto balance_state() const { return layer.balance_state(state_); }
 
     Layer layer;
+    bool gives_rank_tokens = true;  ///< where there is a mask
 
 private:
     struct InFlight {

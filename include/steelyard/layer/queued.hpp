@@ -21,14 +21,15 @@ namespace steelyard {
 ///    thread of the device's. Backward waits for that on the device.
 ///  - What the host reads of a context (`balance_loss`, `balance_record`, `summed`) or of a state is there after the
 ///    device has been waited for. The policy's state is read and written in the device's order, but at the end of a
-///    step, which waits. Forward waits if the statistics of the last call with its context are still at work, or for a
-///    comm backend that does not sum in the device's order. Nothing else waits, so that calls of policies that remember
+///    step, which waits. Forward waits if the statistics of the last call with its context are still at work, for a
+///    comm backend that does not sum in the device's order, and for the tokens of each rank, where a scope draws over
+///    ranks and the caller gives no `tokens_of_rank`. Nothing else waits, so that calls of policies that remember
 ///    nothing can be captured in a graph, with the step that they were captured with.
 ///  - Tokens that are refused later, such as logits that are not finite, the device reports (see its `faults`). A sum
 ///    that another rank refused is told by `summed`, and its loss is a NaN.
-///  - With a mask, a training call gives StepInfo::total_tokens: the host does not count.
+///  - With a mask, a training call gives StepInfo::total_tokens, and `tokens_of_rank` where a scope draws over ranks:
+///    the host does not count.
 ///  - The sums of several layers are one with a QueuedStack (layer/queued_stack.hpp).
-///  - No scope that draws over ranks.
 template <class T, class RouterT, class ExpertT, class BalanceT, class CommT, class OverflowT, class RetentionT,
           QueuedDevice DeviceT>
 class MoE<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT, true>
@@ -112,7 +113,11 @@ public:
         const bool summing = train && this->exchanges(state, tokens.step);
         const bool deferred = summing && args.stack != nullptr;
         if (train) {
-            this->observe(args, host, context, workspace, state, summing);
+            auto seen = this->observation(host.call[0], context);
+            if constexpr (BalanceT::needs_rank_tokens)
+                if (summing)
+                    if (Status s = this->know_rank_tokens(comm, args, seen); !s) return s;
+            this->observe(args, host, seen, workspace, state, summing);
             if (deferred)
                 args.stack->post();
             else if (Status s = this->sum_and_conclude(comm, host); !s)

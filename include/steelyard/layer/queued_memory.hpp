@@ -102,10 +102,12 @@ struct QueuedTypes {
         }
     };
     struct HostWorkspace {
-        view<std::int64_t, 1> wire;  // [words]
+        view<std::int64_t, 1> wire;            // [words]
+        view<std::int64_t, 1> tokens_of_rank;  // [R]  for scopes that draw over ranks
         template <class Field>
         void fields(Field&& field, const typename Types::Dims& dims) {
             field("wire", wire, std::max(dims.wire_words(), dims.step_words()));
+            if constexpr (BalanceT::needs_rank_tokens) field("tokens_of_rank", tokens_of_rank, dims.shape.ranks);
         }
     };
     /// The device's part of a workspace: what is used beside the experts has memory of its own.

@@ -109,15 +109,40 @@ protected:
                                      : place<HostWorkspace>(args.workspace.host.data(), dims_).wire;
     }
 
+    /// Valid tokens of each rank: the caller's word, or a small sum of one-hot vectors, which the host waits for.
+    Status know_rank_tokens(const CommT& comm, const ForwardArgs& args, Seen& seen) const {
+        constexpr std::string_view stage = "layer.forward";
+        const index_t ranks = comm.size();
+        seen.rank = comm.rank();
+        seen.tokens_of_rank = args.tokens_of_rank;
+        if (Status s = check_ranks(stage, config_.shape, ranks, seen.rank, seen.valid_tokens, args.tokens_of_rank); !s)
+            return s;
+        if (args.tokens_of_rank.present()) return {};
+        if (seen.valid_tokens < 0)
+            return Status::refuse(Code::invalid_argument, stage, "tokens_of_rank",
+                                  "the valid tokens of each rank, which the host cannot count", "none");
+        // The words of an earlier call are no longer at work: it waited for them.
+        const auto counts = place<HostWorkspace>(args.workspace.host.data(), dims_).tokens_of_rank.slice(0, ranks);
+        std::fill_n(counts.data, ranks, std::int64_t{0});
+        counts[seen.rank] = seen.valid_tokens;
+        seen.tokens_of_rank = counts;
+        if (ranks == 1) return {};
+        const std::span<std::int64_t> words{counts.data, static_cast<std::size_t>(ranks)};
+        if (Status s = comm.begin_sum(words); !s) return s;
+        if (Status s = comm.end_sum(words); !s) return s;
+        if constexpr (StreamOrderedComm<CommT>) Memory::wait(Memory::beside(config_.device));
+        return {};
+    }
+
     /// Counts beside the experts, which are enqueued next, and puts the counts on the wire.
-    void observe(const ForwardArgs& args, const HostContext& host, const Context& context,
-                 const DeviceWorkspace& workspace, const State& state, bool summing) const {
+    void observe(const ForwardArgs& args, const HostContext& host, const Seen& seen, const DeviceWorkspace& workspace,
+                 const State& state, bool summing) const {
         const auto wire = wire_of(args);
-        const Seen seen = observation(host.call[0], context);
         auto* const conclusion =
             std::construct_at(host.conclusion.data, Conclusion{config_.balance, seen, state, host.balance, wire, wire,
                                                                this->key(seen.tokens.step, false), host.pending.data,
                                                                host.refused.data, summing, config_.shape});
+        conclusion->seen.tokens_of_rank = {};  // the caller's, and of use for the draw alone
         host.pending[0] = 1;
         const DeviceT beside = Memory::fork(config_.device);
         config_.balance.observe(beside, seen, state.balance, host.balance, workspace.beside.data);
@@ -160,6 +185,10 @@ protected:
                 return refusal;
             rest();
             if (!exchanges(this->place_state(args.state), at)) return refusal;
+            if constexpr (BalanceT::needs_rank_tokens) {
+                Seen nothing;
+                if (!args.tokens_of_rank.present() && !know_rank_tokens(comm, args, nothing)) return refusal;
+            }
             const auto wire = wire_of(args);
             std::fill_n(wire.data, wire.size(), std::int64_t{0});
             SumHead::write(wire, this->key(at, false), true);
