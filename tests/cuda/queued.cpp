@@ -19,6 +19,8 @@ TEST_CASE("layers on the GPU that share one sum compute what each computes alone
     check_same(train(SelfComm{}, synchronized, {.stacked = true}), train(SelfComm{}, synchronized));
     check_same(train(SelfComm{}, all, {.stacked = true}), train(SelfComm{}, all));
     check_same(train(SelfComm{}, MicroBatchLoss{}, {.stacked = true}), train(SelfComm{}, MicroBatchLoss{}));
+    const QuantileBalance quantile{{}, {.bins = 50}};
+    check_same(train(SelfComm{}, quantile, {.stacked = true}), train(SelfComm{}, quantile));
 }
 
 TEST_CASE("forward, conclude and backward of layers that remember return while the GPU stands still") {
