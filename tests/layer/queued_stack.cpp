@@ -305,7 +305,7 @@ template <bool queued>
 void check_refusals() {
     using Comm = std::conditional_t<queued, QueuedComm<ThreadComm>, ThreadComm>;
     using Layer = LayerOf<SynchronizedLoss, Comm, Far>;
-    ThreadGroup group(2);
+    ThreadGroup group(2, {.timeout = 20});
     run_ranks(group, [&](const ThreadComm& threads) {
         FarMachine machine;
         const auto comm = far_comm<queued>(threads, machine);
@@ -337,6 +337,16 @@ void check_refusals() {
         if (queued && threads.rank() == 0) CHECK(std::isnan(second.loss(0)));
         CHECK(second.balance_state().log.step[0] == -1);
 
+        // Also where nobody else has posted: every rank takes part in the sum.
+        stack.clear();
+        Call again = script_of(0, threads.rank(), false)[1];
+        if (threads.rank() == 1) again.batch.step.token_offset = -1;
+        CHECK(second.forward(again, &stack, 1).ok() == (threads.rank() == 0));
+        REQUIRE(stack.begin(comm).ok());
+        REQUIRE(stack.end(comm).ok());
+        CHECK(stack.summed());
+        second.rest();
+
         stack.clear();
         REQUIRE(second.forward(call, &stack, 1).ok());
         REQUIRE(stack.begin(comm).ok());
@@ -344,8 +354,8 @@ void check_refusals() {
         REQUIRE(second.conclude(stack, 1).ok());
         REQUIRE(second.backward().ok());
         second.rest();
-        CHECK(second.summed(1).message() == "ok");
-        CHECK(std::isfinite(second.loss(1)));
+        CHECK(second.summed(2).message() == "ok");
+        CHECK(std::isfinite(second.loss(2)));
         CHECK(second.balance_state().log.step[0] == 0);
     });
 }
