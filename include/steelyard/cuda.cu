@@ -89,6 +89,7 @@ template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, 
                                     std::byte*);
 template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, const FixedSums<Quantity::smooth_load>&,
                                     std::byte*);
+template void balance::count<float>(const Cuda&, const CudaObservation&, Loads, const Shortfalls<>&, std::byte*);
 template void balance::count_drawn<float>(const Cuda&, const CudaObservation&, const TokenDraw&, Loads, const Choices&,
                                           std::byte*);
 template void balance::count_drawn<float>(const Cuda&, const CudaObservation&, const TokenDraw&, Loads,

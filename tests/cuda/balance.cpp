@@ -156,6 +156,38 @@ void check_drawn(Seen& seen) {
     REQUIRE(load.host().same(want));
 }
 
+/// Histograms of shortfalls. Sigmoids of the two devices differ in their last bits, so that a token may fall into the
+/// next bin: the histograms up to each bin are compared.
+void check_shortfalls(Seen& seen, index_t rows, Score score, index_t bins) {
+    const CudaBytes scratch = scratch_of(seen);
+    const Bytes host_scratch = host_scratch_of(seen);
+    const Pinned<float> bias(1, seen.experts);
+    for (index_t e = 0; e < seen.experts; ++e) bias.get()(0, e) = 0.01f * static_cast<float>(e % 7 - 3);
+    const Shortfalls<> tally{score, bias.line(), bins};
+    const index_t words = seen.experts * bins + 1;
+    Host<std::int64_t> want(rows, words, -1);
+    balance_ops<Cpu>::count<float>(Cpu{}, seen.host(), want.get(), tally, host_scratch.data());
+    const Pinned<std::int64_t> load(rows, words);
+    ops::count<float>(gpu::device(), seen.on_gpu(), load.get(), tally, scratch.data());
+    gpu::finish();
+    const Host<std::int64_t> got = load.host();
+    std::int64_t off = 0;
+    for (index_t s = 0; s < rows; ++s) {
+        REQUIRE(got(s, words - 1) == want(s, words - 1));  // choices
+        for (index_t e = 0; e < seen.experts; ++e) {
+            std::int64_t below = 0;
+            for (index_t b = 0; b < bins; ++b) {
+                REQUIRE(got(s, e * bins + b) >= 0);
+                below += got(s, e * bins + b) - want(s, e * bins + b);
+                off += std::abs(below);
+            }
+            REQUIRE(below == 0);  // every token is in some bin
+        }
+    }
+    const double numbers = static_cast<double>(seen.tokens * seen.experts);
+    REQUIRE(static_cast<double>(off) <= (score == Score::softmax ? 0.0 : 1e-4 * numbers + 2.0));
+}
+
 template <Quantity Q>
 void check_sums(Seen& seen, index_t rows) {
     const CudaBytes scratch = scratch_of(seen);
@@ -242,6 +274,15 @@ TEST_CASE("loads are those of the CPU, integer by integer") {
         check_drawn<Choices>(seen);
         check_drawn<FixedSums<Quantity::probs>>(seen);
         check_drawn<FixedSums<Quantity::gates>>(seen);
+    });
+}
+
+TEST_CASE("histograms of what experts lack to be chosen") {
+    each_case([](Seen& seen) {
+        if (seen.with_ids && seen.masked) return;  // few suffice
+        const index_t rows = seen.segments == 1 ? 1 : seen.segments + 1;
+        check_shortfalls(seen, rows, Score::sigmoid, 100);
+        if (seen.segments == 1 && seen.experts < 100) check_shortfalls(seen, 1, Score::softmax, 9000);
     });
 }
 

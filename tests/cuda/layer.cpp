@@ -156,7 +156,8 @@ struct Pair {
                                  .context = context(),
                                  .workspace = workspace(),
                                  .state = state.span(),
-                                 .tokens = far_tokens})
+                                 .tokens = far_tokens,
+                                 .tokens_of_rank = {n.masked ? &valid : nullptr, 1}})
                     .message() == "ok");
         REQUIRE(gpu.backward({.x = far_x.get(),
                               .params = far_params,
@@ -229,6 +230,7 @@ TEST_CASE_TEMPLATE("a layer on the GPU with each balance", T, float, bf16) {
         const SynchronizedLoss synchronized{{}, {.coefficient = 0.5}};
         compare<T>(Policies<TopK, SwiGlu, MicroBatchLoss>{router, expert, micro}, n);
         compare<T>(Policies<TopK, SwiGlu, SynchronizedLoss>{router, expert, synchronized}, n);
+        compare<T>(Policies<TopK, SwiGlu, ShuffledLoss>{router, expert, ShuffledLoss{{}, {.coefficient = 0.5}}}, n);
         compare<T>(Policies<TopK, SwiGlu, BufferedLoss>{router, expert, BufferedLoss{{}, {.coefficient = 0.5}}}, n);
         compare<T>(
             Policies<TopK, SwiGlu, LossFree>{{.k = 2, .score = Score::sigmoid}, expert, LossFree{{}, {.rate = 0.1}}},

@@ -56,18 +56,18 @@ TEST_CASE("context and workspace grow by the documented bytes for each token") {
 TEST_CASE("the state has the documented tensors, each rounded up to 64 bytes") {
     const auto up = [](index_t bytes) { return (bytes + 63) / 64 * 64; };
     const LayerShape shape{.tokens = 8, .width = d, .experts = E, .micro_steps = 3};
-    const index_t log = up(3 * 8) + up(3 * (E + 1) * 8), row = up((E + 1) * 8);
+    const index_t log = up(3 * 8) + up(3 * (E + 1) * 8), row = up((E + 1) * 8), sums = up(3 * 8);
     const auto bytes = [&]<class Policy>(const Policy&) {
         return MoE<float, TopK, SwiGlu, Policy>({.shape = shape, .expert = {.hidden = h}}).state_bytes();
     };
     CHECK(bytes(MicroBatchLoss{}) == 0);
     CHECK(bytes(SequenceLoss{}) == 0);
     CHECK(bytes(RouterZLoss{}) == 0);
-    CHECK(bytes(SynchronizedLoss{}) == 64 + log + 64 + row);
-    CHECK(bytes(BufferedLoss{}) == 64 + log + 64 + row);
-    CHECK(bytes(ShuffledLoss{}) == 64 + log + 64 + row);
+    CHECK(bytes(SynchronizedLoss{}) == 64 + sums + log + 64 + row);
+    CHECK(bytes(BufferedLoss{}) == 64 + sums + log + 64 + row);
+    CHECK(bytes(ShuffledLoss{}) == 64 + sums + log + 64 + row);
     CHECK(bytes(WindowedLoss<5>{}) == 64 + log + 64 + row + up(5 * (E + 1) * 8) + row);
-    CHECK(bytes(LossFree{}) == 64 + log + 64 + row + up(E * 4));
+    CHECK(bytes(LossFree{}) == 64 + sums + log + 64 + row + up(E * 4));
 }
 
 TEST_CASE("a bias that is moved by a window of one step needs one sum a step, and none in a forward") {

@@ -8,186 +8,12 @@
 #include <tuple>
 #include <vector>
 
-#include "support/far_device.hpp"
-#include "support/rig.hpp"
+#include "support/far_rig.hpp"
 
 using namespace steelyard;
 using namespace steelyard::testing;
 
 namespace {
-
-constexpr LayerShape shape{.tokens = 12, .width = 6, .experts = 5, .sequences = 3, .micro_steps = 2, .ranks = 2};
-
-template <class ExpertT, class BalanceT, class CommT, class RetentionT, class DeviceT>
-using LayerOn = MoE<float, TopK, ExpertT, BalanceT, CommT, Dropless, RetentionT, DeviceT>;
-
-/// What one call left behind, whatever the device.
-struct Outcome {
-    std::vector<float> y, dx;
-    std::vector<std::byte> record;
-    double loss = 0;
-    bool operator==(const Outcome& other) const {
-        return same_bits(y, other.y) && same_bits(dx, other.dx) && record == other.record &&
-               std::memcmp(&loss, &other.loss, sizeof loss) == 0;
-    }
-};
-
-template <class Bundle, class... Dims>
-std::vector<std::byte> bytes_of_tensors(Bundle bundle, const Dims&... dims) {
-    std::vector<std::byte> all;
-    const auto add = [&](const auto&, const auto& tensor) {
-        const auto* from = reinterpret_cast<const std::byte*>(tensor.data);
-        all.insert(all.end(), from, from + static_cast<std::size_t>(tensor.size()) * sizeof(*tensor.data));
-    };
-    for_each_tensor(bundle, add, dims...);
-    return all;
-}
-
-/// One call of a script, and what it is made with.
-struct Call {
-    Batch<float> batch;
-    Mode mode = Mode::train;
-    bool backward = true;
-};
-
-/// Two micro-steps, the second replayed, and an evaluation. Every rank has tokens of its own.
-std::vector<Call> script_of(std::int64_t step, int rank, bool masked) {
-    std::vector<Call> calls;
-    for (const std::int64_t m : {0, 1, 1}) {
-        const auto seed = static_cast<std::uint64_t>(10 * step + m + 100 * rank);
-        Batch<float> batch(12 - m, shape.width, seed,
-                           {.step = step, .micro_step = m, .total_tokens = 60, .token_offset = 20 * m + 10 * rank});
-        if (masked) {
-            batch.mask.assign(static_cast<std::size_t>(batch.tokens()), 1);
-            batch.mask[1] = batch.mask[7] = 0;
-            batch.sequences = {0, 4, 4, batch.tokens()};
-        }
-        batch.ids.resize(static_cast<std::size_t>(batch.tokens()));
-        for (std::size_t t = 0; t < batch.ids.size(); ++t) batch.ids[t] = static_cast<std::int32_t>(t % 2);
-        batch.dlogits.assign(static_cast<std::size_t>(batch.tokens() * shape.experts), m == 1 ? 0.25f : 0.0f);
-        calls.push_back({batch});
-    }
-    calls.push_back({calls[0].batch, Mode::evaluate, false});
-    return calls;
-}
-
-/// A rig whose layer lives on `Far`. Nothing is waited for until `outcomes`.
-template <class Layer>
-class FarRig {
-public:
-    using Comm = typename Layer::Comm;
-
-    FarRig(const typename Layer::Config& config, const Comm& comm, FarMachine& machine)
-        : layer(config),
-          comm_(comm),
-          machine_(machine),
-          param_memory_(machine.allocate(layer.param_bytes())),
-          grad_memory_(machine.allocate(layer.param_bytes())),
-          state_(layer.state_bytes()),
-          workspace_host_(layer.workspace_bytes().host),
-          workspace_{workspace_host_, machine.allocate(layer.workspace_bytes().device)},
-          params_(layer.place_params(param_memory_.data())),
-          grads_(layer.place_params(grad_memory_.data())) {
-        REQUIRE(layer.init_state(state_).ok());
-    }
-
-    void set_params(std::span<const std::byte> values) {
-        machine_.open([&] { std::memcpy(param_memory_.data(), values.data(), values.size()); });
-    }
-
-    /// `again`: the memory of an earlier call's context, which may be under way.
-    Status call(const Call& of, index_t again = -1) {
-        auto& c = *calls_.emplace_back(std::make_unique<InFlight>());
-        const index_t tokens = of.batch.tokens();
-        c.call = of;
-        if (again >= 0) {
-            c.context = calls_[static_cast<std::size_t>(again)]->context;
-        } else {
-            c.context_host = Bytes(layer.context_bytes().host);
-            c.context = {c.context_host, machine_.allocate(layer.context_bytes().device)};
-        }
-        const auto matrix = [&](const std::vector<float>& values) {
-            return view<float, 2, FarSpace>(put(values).data, tokens, static_cast<index_t>(values.size()) / tokens);
-        };
-        const auto x = matrix(of.batch.x), dy = matrix(of.batch.dy);
-        c.y = matrix(std::vector<float>(of.batch.x.size(), 7.0f)), c.dx = matrix(std::vector<float>(of.batch.x.size()));
-        TokenInfo<FarSpace> info{.step = of.batch.step, .mode = of.mode};
-        if (!of.batch.mask.empty()) info.mask = put(of.batch.mask);
-        if (!of.batch.sequences.empty()) info.sequences = put(of.batch.sequences);
-        if (!of.batch.ids.empty()) info.ids = put(of.batch.ids);
-        if (Status s = layer.forward(comm_, {.x = x,
-                                             .params = layer.read_only_params(params_),
-                                             .y = c.y,
-                                             .context = c.context,
-                                             .workspace = workspace_,
-                                             .state = state_,
-                                             .tokens = info});
-            !s)
-            return s;
-        if (!of.backward) return {};
-        return layer.backward({.x = x,
-                               .params = layer.read_only_params(params_),
-                               .dy = dy,
-                               .dx = c.dx,
-                               .grads = grads_,
-                               .context = c.context,
-                               .workspace = workspace_,
-                               .dlogits = matrix(of.batch.dlogits)});
-    }
-
-    Status end_step(std::int64_t step) { return layer.end_step(comm_, step, state_, workspace_); }
-
-    std::vector<Outcome> outcomes() {
-        memory_ops<Far>::wait({&machine_});
-        std::vector<Outcome> all;
-        for (const auto& c : calls_) {
-            Outcome& one = all.emplace_back();
-            machine_.open([&] {
-                one.y.assign(c->y.data, c->y.data + c->y.size()), one.dx.assign(c->dx.data, c->dx.data + c->dx.size());
-            });
-            if (c->call.mode == Mode::train)
-                one.record = bytes_of_tensors(layer.balance_record(c->context), layer.config().balance, shape);
-            one.loss = layer.balance_loss(c->context);
-        }
-        return all;
-    }
-    [[nodiscard]] double loss(std::size_t call) const { return layer.balance_loss(calls_[call]->context); }
-    [[nodiscard]] Status summed(std::size_t call) const { return layer.summed(calls_[call]->context); }
-    [[nodiscard]] std::vector<std::byte> grad_bytes() {
-        std::vector<std::byte> bytes;
-        memory_ops<Far>::wait({&machine_});
-        machine_.open([&] { bytes.assign(grad_memory_.begin(), grad_memory_.end()); });
-        return bytes;
-    }
-    [[nodiscard]] auto balance_state() const { return layer.balance_state(state_); }
-
-    Layer layer;
-
-private:
-    struct InFlight {
-        Call call;
-        Bytes context_host;
-        QueuedBlock context;
-        view<float, 2, FarSpace> y, dx;
-    };
-
-    /// A copy in far memory; work may be under way, so the copy is work too.
-    template <class U>
-    view<U, 1, FarSpace> put(const std::vector<U>& values) {
-        const auto block = machine_.allocate(static_cast<index_t>(values.size() * sizeof(U)));
-        machine_.enqueue(FarMachine::main_line,
-                         [block, values] { std::memcpy(block.data(), values.data(), block.size()); });
-        return {reinterpret_cast<U*>(block.data()), std::ssize(values)};
-    }
-
-    Comm comm_;
-    FarMachine& machine_;
-    std::span<std::byte> param_memory_, grad_memory_;
-    Bytes state_, workspace_host_;
-    QueuedBlock workspace_;
-    typename Layer::Params params_, grads_;
-    std::vector<std::unique_ptr<InFlight>> calls_;
-};
 
 /// Everything that a rank knows after two steps.
 struct RankResult {
@@ -233,7 +59,8 @@ RankResult on_far(const typename Layer::Config& config, const typename Layer::Co
             const long waits = machine.waits;
             const Status s = rig.call(call);
             REQUIRE_MESSAGE(s.ok(), s.message());
-            if (!Layer::Balance::remembers) CHECK(machine.waits == waits);
+            if (StreamOrderedComm<typename Layer::Comm> && (!Layer::Balance::needs_rank_tokens || comm.size() == 1))
+                CHECK(machine.waits == waits);
         }
         REQUIRE(rig.end_step(step).ok());
     }
@@ -326,6 +153,7 @@ TEST_CASE("a layer on a device of its own memory gives the bits of the CPU, and 
     check_same(QuantileBalance{}, swiglu, {.score = Score::sigmoid});
     check_same(ImportanceLoss{}, swiglu, {});
     check_same(WindowedLoss<2>{}, swiglu, {});
+    check_same(ShuffledLoss{}, swiglu, {});
     check_same(Balance<OfId<Synchronized>, LoadBalancingLoss>{OfId<Synchronized>(1), {}}, swiglu, {});
     check_same(Scheduled<MicroBatchLoss, SynchronizedLoss>{1, {}, {}}, swiglu, {});
     check_same(AllOf{SynchronizedLoss{}, LossFree{}, RouterZLoss{}}, swiglu, {.score = Score::sigmoid});
@@ -336,6 +164,8 @@ TEST_CASE("a layer on a device of its own memory gives the bits of the CPU, and 
 TEST_CASE("sums over ranks on such a device, waited for or enqueued") {
     check_same_on_ranks<false>(SynchronizedLoss{});
     check_same_on_ranks<true>(SynchronizedLoss{});
+    check_same_on_ranks<false>(ShuffledLoss{});
+    check_same_on_ranks<true>(AllOf{ShuffledLoss{}, SynchronizedLoss{}});
     check_same_on_ranks<true>(AllOf{BufferedLoss{}, LossFree{}, WindowedLoss<2>{}, RouterZLoss{}});
 }
 
@@ -379,6 +209,51 @@ TEST_CASE("an enqueued sum that a rank refuses is found out, spoils loss and gra
     });
 }
 
+TEST_CASE("a replay that was enqueued on a sum which comes out refused is found out, and spoiled, too") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, QueuedComm<ThreadComm>, KeepActivations, Far>;
+    ThreadGroup group(2);
+    run_ranks(group, [&](const ThreadComm& comm) {
+        FarMachine machine;
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {&comm, &machine}, machine);
+        const Call call = script_of(0, comm.rank(), false)[0];
+        Call refused = call;
+        if (comm.rank() == 1) refused.batch.step.token_offset = -1;
+        CHECK(rig.call(refused).ok() == (comm.rank() == 0));
+        if (comm.rank() == 0) {
+            CHECK(rig.call(call).ok());  // nothing has run yet: a replay, as far as the host knows
+            rig.rest();
+            for (const std::size_t of : {0u, 1u}) {
+                CHECK(rig.summed(of).code() == Code::rank_refused);
+                CHECK(std::isnan(rig.loss(of)));
+            }
+            CHECK(rig.balance_state().log.step[0] == -1);
+        }
+        REQUIRE(rig.call(call).ok());
+        REQUIRE(rig.call(call).ok());
+        const std::vector<Outcome> outcomes = rig.outcomes();
+        const Outcome &first = outcomes[outcomes.size() - 2], &replay = outcomes.back();
+        CHECK(rig.summed(outcomes.size() - 2).message() == "ok");
+        CHECK(rig.summed(outcomes.size() - 1).message() == "ok");
+        CHECK(first.loss > 0.0);
+        CHECK(replay == first);
+    });
+}
+
+TEST_CASE("forward waits for the statistics of its context's last call, and for nothing that comes after them") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, SelfComm, KeepActivations, Far>;
+    FarMachine machine;
+    FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {}, machine);
+    const auto script = script_of(0, 0, false);
+    REQUIRE(rig.forward(script[0]).ok());
+    bool ran = false;
+    machine.enqueue(FarMachine::main_line, [&] { ran = true; });
+    REQUIRE(rig.forward(script[1], nullptr, 0, 0).ok());
+    CHECK(machine.waits == 1);
+    CHECK_FALSE(ran);
+    rig.rest();
+    CHECK(ran);
+}
+
 TEST_CASE("what such a layer cannot know is asked of the caller") {
     using Layer = LayerOn<SwiGlu, SynchronizedLoss, SelfComm, KeepActivations, Far>;
     FarMachine machine;
@@ -388,6 +263,13 @@ TEST_CASE("what such a layer cannot know is asked of the caller") {
     CHECK(rig.call(masked).message() ==
           "steelyard: layer.forward: step.total_tokens: expected the valid tokens of the whole step, which the host "
           "cannot count, came 0");
+    FarMachine other;
+    FarRig<LayerOn<SwiGlu, ShuffledLoss, SelfComm, KeepActivations, Far>> drawing(
+        {.shape = shape, .expert = {.hidden = 4}, .device = {&other}}, {}, other);
+    drawing.gives_rank_tokens = false;
+    CHECK(drawing.call(script_of(0, 0, true)[0]).message() ==
+          "steelyard: layer.forward: tokens_of_rank: expected the valid tokens of each rank, which the host cannot "
+          "count, came none");
     auto bare = script_of(0, 0, false)[0];
     bare.batch.step.total_tokens = 0;
     CHECK(rig.call(bare).message() == "ok");

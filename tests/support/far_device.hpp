@@ -182,9 +182,10 @@ struct memory_ops<testing::Far> {
                        const view<T, Rank, Space>& to) {
         device.enqueue([cpu = device.cpu, from, to = near(to)] { memory_ops<Cpu>::copy(cpu, from, to); });
     }
+    static Far beside(const Far& device) { return {device.machine, testing::FarMachine::side_line, device.cpu}; }
     static Far fork(const Far& device) {
         device.machine->order(testing::FarMachine::side_line, testing::FarMachine::main_line);
-        return {device.machine, testing::FarMachine::side_line, device.cpu};
+        return beside(device);
     }
     static void join(const Far& device) {
         device.machine->order(testing::FarMachine::main_line, testing::FarMachine::side_line);

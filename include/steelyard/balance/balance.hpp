@@ -189,9 +189,11 @@ struct Balance {
         [[maybe_unused]] const auto seen = of_scope(all);
         using ops = balance_ops<Device>;
         if (!replays(state, seen.tokens.step)) {  // else conclude takes the load from the log
-            if constexpr (ScopeT::needs_rank_tokens)
-                ops::template count_drawn<T>(device, seen, scope.draw(seen), record.load, tally(state), scratch);
-            else if constexpr (has_load)
+            if constexpr (ScopeT::needs_rank_tokens) {
+                // Without the tokens of each rank this is a replay whose load is yet to come.
+                if (seen.tokens_of_rank.present())
+                    ops::template count_drawn<T>(device, seen, scope.draw(seen), record.load, tally(state), scratch);
+            } else if constexpr (has_load)
                 ops::template count<T>(device, seen, record.load, tally(state), scratch);
         }
         if constexpr (has_slopes)

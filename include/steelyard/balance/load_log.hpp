@@ -1,6 +1,7 @@
 // What balance remembers of a step: the load of each micro-step, under its key.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "steelyard/core/shape.hpp"
@@ -28,11 +29,14 @@ struct LoadLog {
         for (index_t w = 0; w < load.size(); ++w) load.data[w] = 0;
     }
 
-    [[nodiscard]] constexpr bool holds(const StepInfo& at) const { return step[at.micro_step] == at.step; }
+    /// May be asked while another call's load is entered.
+    [[nodiscard]] constexpr bool holds(const StepInfo& at) const {
+        return key(at).load(std::memory_order_relaxed) == at.step;
+    }
 
     /// Keeps `words` [W] as the load of this micro-step.
     constexpr void enter(const StepInfo& at, view<const std::int64_t, 1, Space> words) const {
-        step[at.micro_step] = at.step;
+        key(at).store(at.step, std::memory_order_relaxed);
         const auto slot = load[at.micro_step];
         for (index_t w = 0; w < slot.extents[0]; ++w) slot[w] = words[w];
     }
@@ -44,6 +48,11 @@ struct LoadLog {
             if (step[m] != at_step) continue;
             for (index_t w = 0; w < words.extents[0]; ++w) words[w] += load(m, w);
         }
+    }
+
+private:
+    [[nodiscard]] std::atomic_ref<std::int64_t> key(const StepInfo& at) const {
+        return std::atomic_ref<std::int64_t>(step[at.micro_step]);
     }
 };
 

@@ -25,8 +25,10 @@ namespace steelyard {
 ///    loss and slopes; `gradient` adds to the routing gradient. Between `post` and `conclude` the layer sums the wire
 ///    over the data group if, and only if, `exchanges` says so. A policy never calls a comm backend. `observe` and
 ///    `gradient` do nothing but call operations of the device, `post` and `conclude` do arithmetic on the host's memory
-///    alone: so that a device may work through them in its own time.
-/// 3. `communicates == false` means that no word ever travels in a forward: the layer then contains no such call.
+///    alone: so that a device may work through them in its own time. `exchanges` and `observe` may then be asked while
+///    a `conclude` of an earlier call, on the same state, is under way.
+/// 3. `communicates == false` means that no word ever travels in a forward: the layer then contains no such call. A
+///    policy that communicates remembers.
 /// 4. Observing one (step, micro_step) again changes no state and leads to the same record.
 /// 5. Every rank of a data group gives the same answer to `wire_words`, `step_words` and `exchanges`.
 /// 6. `end_step` is called once for each optimizer step; calling it again for the same step changes nothing.
@@ -46,6 +48,7 @@ concept BalancePolicy = requires(const B& policy, const LayerShape& shape, const
     { policy.step_words(shape) } -> std::same_as<index_t>;
     { policy.exchanges(state, at) } -> std::same_as<bool>;
     { policy.loss(record, at) } -> std::same_as<double>;
+    requires bool(B::remembers) || !bool(B::communicates);
     policy.init(state);
     policy.selection_bias(state, at);
     policy.collect_step(state, at.step, wire);

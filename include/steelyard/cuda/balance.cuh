@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "steelyard/core/layout.hpp"
 #include "steelyard/cuda/balance.hpp"
 #include "steelyard/cuda/kernels/draw.cuh"
+#include "steelyard/cuda/kernels/shortfalls.cuh"
 #include "steelyard/cuda/kernels/tally.cuh"
 #include "steelyard/cuda/product.cuh"
 
@@ -21,7 +23,8 @@ inline int parts_of(index_t tokens, index_t segments) {
 
 template <class Tally>
 struct ValueOf {
-    static_assert(std::is_same_v<Tally, Choices>, "steelyard: the CUDA device counts no shortfalls (QuantileBias)");
+    static_assert(std::is_same_v<Tally, Choices>,
+                  "steelyard: the CUDA device tallies no shortfalls of a sample (QuantileBias over Shuffled)");
     using type = ChoiceValue;
 };
 template <Quantity Q>
@@ -29,28 +32,65 @@ struct ValueOf<FixedSums<Q>> {
     using type = FixedValue<Q>;
 };
 
+/// What a tally of shortfalls needs beside its load.
+struct ShortfallScratch {
+    view<float, 1, CudaSpace> bias;     // [E]
+    view<double, 1, CudaSpace> cutoff;  // [T]
+    template <class Field>
+    void fields(Field&& field, index_t tokens, index_t experts) {
+        field("bias", bias, experts);
+        field("cutoff", cutoff, tokens);
+    }
+};
+
+/// load [rows, E bins + 1] (=)
+inline void count_shortfalls(const Cuda& device, const Observation<float, CudaSpace>& seen, view<std::int64_t, 2> load,
+                             const Shortfalls<>& tally, std::byte* scratch) {
+    const index_t rows = load.extents[0];
+    const auto placed = place<ShortfallScratch>(scratch, seen.count(), seen.experts());
+    check_call(
+        cudaMemcpyAsync(placed.bias.data, tally.bias.data, static_cast<std::size_t>(seen.experts()) * sizeof(float),
+                        cudaMemcpyDefault, device.stream),
+        "cudaMemcpyAsync");
+    const ShortfallCall call{SeenTokens(seen, rows), tally.score != Score::softmax, static_cast<int>(tally.bins),
+                             placed.bias.data, placed.cutoff.data};
+    if (seen.count() > 0) {
+        find_cutoffs<<<blocks_for(seen.count() * 32, SeenTokens::threads), SeenTokens::threads, 0, device.stream>>>(
+            call);
+        check_call(cudaGetLastError(), "find_cutoffs");
+    }
+    const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(seen.experts() + 1));
+    tally_shortfalls<<<grid, SeenTokens::threads, 0, device.stream>>>(call, load.data, load.strides[0]);
+    check_call(cudaGetLastError(), "tally_shortfalls");
+}
+
 }  // namespace cuda
 
 index_t balance_ops<Cuda>::scratch_bytes(const Cuda&, const LayerShape& shape) {
     const index_t parts = std::max<index_t>(shape.sequences, cuda::parts_of(shape.tokens, 1));
-    return parts * (shape.experts + 1) * static_cast<index_t>(sizeof(double));
+    return std::max(parts * (shape.experts + 1) * static_cast<index_t>(sizeof(double)),
+                    bytes_of<cuda::ShortfallScratch>(shape.tokens, shape.experts));
 }
 
 template <class G, class Tally>
-void balance_ops<Cuda>::count(const Cuda& device, const Seen<G>& seen, view<std::int64_t, 2> load, const Tally&,
-                              std::byte* scratch) {
-    const index_t rows = load.extents[0];
-    const int words = static_cast<int>(seen.experts()) + 1, parts = cuda::parts_of(seen.count(), rows);
-    auto* const tallied = reinterpret_cast<std::int64_t*>(scratch);
-    using Value = typename cuda::ValueOf<Tally>::type;
-    cuda::tally_tokens<Value><<<static_cast<unsigned>(parts), cuda::SeenTokens::threads,
-                                static_cast<std::size_t>(words) * sizeof(std::int64_t), device.stream>>>(
-        cuda::SeenTokens(seen, rows), Value{}, tallied);
-    cuda::check_call(cudaGetLastError(), "tally_tokens");
-    const dim3 grid(static_cast<unsigned>(rows), cuda::blocks_for(words, 128));
-    cuda::add_up_parts<std::int64_t>
-        <<<grid, 128, 0, device.stream>>>(tallied, rows > 1 ? 1 : parts, words, load.data, load.strides[0]);
-    cuda::check_call(cudaGetLastError(), "add_up_parts");
+void balance_ops<Cuda>::count(const Cuda& device, const Seen<G>& seen, view<std::int64_t, 2> load,
+                              [[maybe_unused]] const Tally& tally, std::byte* scratch) {
+    if constexpr (std::is_same_v<Tally, Shortfalls<>>) {
+        cuda::count_shortfalls(device, seen, load, tally, scratch);
+    } else {
+        const index_t rows = load.extents[0];
+        const int words = static_cast<int>(seen.experts()) + 1, parts = cuda::parts_of(seen.count(), rows);
+        auto* const tallied = reinterpret_cast<std::int64_t*>(scratch);
+        using Value = typename cuda::ValueOf<Tally>::type;
+        cuda::tally_tokens<Value><<<static_cast<unsigned>(parts), cuda::SeenTokens::threads,
+                                    static_cast<std::size_t>(words) * sizeof(std::int64_t), device.stream>>>(
+            cuda::SeenTokens(seen, rows), Value{}, tallied);
+        cuda::check_call(cudaGetLastError(), "tally_tokens");
+        const dim3 grid(static_cast<unsigned>(rows), cuda::blocks_for(words, 128));
+        cuda::add_up_parts<std::int64_t>
+            <<<grid, 128, 0, device.stream>>>(tallied, rows > 1 ? 1 : parts, words, load.data, load.strides[0]);
+        cuda::check_call(cudaGetLastError(), "add_up_parts");
+    }
 }
 
 template <class G, class Tally>

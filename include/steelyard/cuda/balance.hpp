@@ -18,7 +18,7 @@ namespace steelyard {
 /// LocalEntropy are instantiated in cuda.cu; your own is by two lines in a .cu of yours that includes cuda/balance.cuh.
 ///
 /// A draw (Shuffled) is a chain of decisions over the tokens of all ranks up to this one, by one thread: some ten
-/// milliseconds for a million. There is no histogram of shortfalls (QuantileBias) on this device.
+/// milliseconds for a million. Histograms of shortfalls (QuantileBias) are of all tokens: none of a draw.
 template <>
 struct balance_ops<Cuda> {
     template <class G>

@@ -67,10 +67,7 @@ void run_on_host(const Cuda& device, void (*function)(void*), void* argument) {
 Cuda memory_ops<Cuda>::fork(const Cuda& device) {
     cuda::check_call(cudaEventRecord(device.forked, device.stream), "cudaEventRecord");
     cuda::check_call(cudaStreamWaitEvent(device.side, device.forked, 0), "cudaStreamWaitEvent");
-    Cuda beside = device;
-    beside.stream = device.side;
-    beside.blas = nullptr;
-    return beside;
+    return beside(device);
 }
 
 void memory_ops<Cuda>::join(const Cuda& device) {

@@ -67,8 +67,14 @@ struct memory_ops<Cuda> {
         copy(device, from, to);
     }
 
-    /// The same GPU on its side stream, after all that was enqueued until now. It has no cuBLAS: that belongs to
-    /// `stream`.
+    /// The same GPU on its side stream. It has no cuBLAS: that belongs to `stream`.
+    [[nodiscard]] static Cuda beside(const Cuda& device) {
+        Cuda side = device;
+        side.stream = device.side;
+        side.blas = nullptr;
+        return side;
+    }
+    /// The same, after all that was enqueued until now.
     [[nodiscard]] static Cuda fork(const Cuda& device);
     /// What comes next waits for what was enqueued on the fork.
     static void join(const Cuda& device);

@@ -174,7 +174,7 @@ inline Status check_summed(std::string_view stage, const Stack& stack, index_t r
     return {};
 }
 
-/// For scopes that draw over ranks.
+/// For scopes that draw over ranks. `valid_tokens` is below 0 where the host did not count.
 inline Status check_ranks(std::string_view stage, const LayerShape& shape, index_t ranks, int rank,
                           std::int64_t valid_tokens, const view<const std::int64_t, 1>& tokens_of_rank) {
     if (ranks > shape.ranks)
@@ -183,11 +183,12 @@ inline Status check_ranks(std::string_view stage, const LayerShape& shape, index
     if (!tokens_of_rank.present()) return {};
     if (Status s = check_view(stage, "tokens_of_rank", tokens_of_rank, ranks); !s) return s;
     for (index_t r = 0; r < ranks; ++r)
-        if (tokens_of_rank[r] < 0 || (r == rank && tokens_of_rank[r] != valid_tokens))
-            return detail::refuse_number(
-                stage, "tokens_of_rank[" + std::to_string(r) + "]",
-                r == rank ? "this call's " + std::to_string(valid_tokens) + " valid tokens" : "at least 0",
-                tokens_of_rank[r]);
+        if (tokens_of_rank[r] < 0 || (r == rank && valid_tokens >= 0 && tokens_of_rank[r] != valid_tokens))
+            return detail::refuse_number(stage, "tokens_of_rank[" + std::to_string(r) + "]",
+                                         r == rank && valid_tokens >= 0
+                                             ? "this call's " + std::to_string(valid_tokens) + " valid tokens"
+                                             : "at least 0",
+                                         tokens_of_rank[r]);
     return {};
 }
 

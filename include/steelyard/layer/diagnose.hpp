@@ -117,12 +117,6 @@ struct LayerDiagnosis {
         { value.check() } -> std::same_as<Status>;
     };
 
-    /// The device works in its own time (layer/queued.hpp).
-    static constexpr bool own_time = [] {
-        if constexpr (requires { memory_ops<DeviceT>::asynchronous; }) return bool(memory_ops<DeviceT>::asynchronous);
-        return false;
-    }();
-
     /// Policies that are sound alone may not fit together.
     static constexpr bool diagnose_together() {
         using Routed = MixtureOf<
@@ -135,10 +129,7 @@ struct LayerDiagnosis {
         static_assert(drops, "steelyard: this router chooses no experts, so there is nothing to drop: use Dropless");
         static_assert(load,
                       "steelyard: this balance acts on a smooth load, which the router does not have: use NoisyTopK");
-        constexpr bool draws = !BalanceT::needs_rank_tokens || !own_time;
-        static_assert(draws,
-                      "steelyard: a scope that draws over ranks (Shuffled) runs on the CPU device: use Synchronized");
-        return balances && drops && load && draws;
+        return balances && drops && load;
     }
 
     static constexpr bool diagnose() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -11,7 +12,7 @@
 #include "steelyard/core/layout.hpp"
 #include "steelyard/core/routing.hpp"
 #include "steelyard/expert/shared.hpp"
-#include "steelyard/layer/stack.hpp"
+#include "steelyard/layer/block.hpp"
 #include "steelyard/layer/sum_head.hpp"
 #include "steelyard/mixture/sparse.hpp"
 
@@ -64,6 +65,26 @@ struct StateHeader {
     friend bool operator==(const StateHeader&, const StateHeader&) = default;
 };
 
+/// Which sums of statistics a device that works in its own time has been given: the step, for each micro-step; -1:
+/// none. The host asks this, since what the policy remembers is the device's work, and may be yet to come. Other
+/// devices leave it as it is.
+struct EnqueuedSums {
+    view<std::int64_t, 1> step;  // [A]
+
+    [[nodiscard]] bool holds(const StepInfo& at) const { return slot(at).load(std::memory_order_acquire) == at.step; }
+    void enter(const StepInfo& at) const { slot(at).store(at.step, std::memory_order_release); }
+    /// The sum was refused, and may be tried again.
+    void withdraw(const StepInfo& at) const {
+        std::int64_t given = at.step;
+        slot(at).compare_exchange_strong(given, -1);
+    }
+
+private:
+    [[nodiscard]] std::atomic_ref<std::int64_t> slot(const StepInfo& at) const {
+        return std::atomic_ref<std::int64_t>(step[at.micro_step]);
+    }
+};
+
 /// What a layer is made of: sizes and policy values.
 template <class RouterT, class ExpertT, class BalanceT, class OverflowT, class DeviceT>
 struct LayerConfig {
@@ -88,6 +109,8 @@ struct LayerTypes {
     using Balance = BalanceT;
     using Comm = CommT;
     using Overflow = OverflowT;
+    using Block = typename LayerMemory<DeviceT>::Block;
+    using Stack = typename LayerMemory<DeviceT>::Stack;
     using Parts = ExpertParts<ExpertT>;
     using Config = LayerConfig<RouterT, ExpertT, BalanceT, OverflowT, DeviceT>;
     using RoutedTypes = MixtureTypes<T, RouterT, OverflowT, typename Parts::Routed, DeviceT, RetentionT::keeps>;
@@ -149,15 +172,17 @@ struct LayerTypes {
         }
     };
 
-    /// What lasts between steps. Nothing at all for a policy that remembers nothing.
+    /// What lasts between steps, in the host's memory. Nothing at all for a policy that remembers nothing.
     struct State {
-        view<StateHeader, 1, Space> header;  // [1]
-        typename BalanceT::template State<Space> balance;
+        view<StateHeader, 1> header;  // [1]
+        EnqueuedSums enqueued;        // [A]  of a policy that communicates
+        typename BalanceT::template State<> balance;
 
         template <class Field>
         void fields(Field&& field, const Dims& dims) {
             if constexpr (BalanceT::remembers) {
                 field("header", header, index_t{1});
+                if constexpr (BalanceT::communicates) field("enqueued", enqueued.step, dims.shape.micro_steps);
                 field.group("balance", balance, dims.balance, dims.shape);
             }
         }
@@ -207,7 +232,8 @@ struct LayerTypes {
         view<const T, 2, Space> x;  // [T, d]
         Params<const T> params;
         view<T, 2, Space> y;  // [T, d]  (=); [T, n d] for a mixture with n outputs
-        std::span<std::byte> context, workspace, state;
+        Block context, workspace;
+        std::span<std::byte> state;
         TokenInfo<Space> tokens = {};
         Stack* stack = nullptr;                           ///< defers the sum of the statistics to the caller
         index_t row = 0;                                  ///< of the stack
@@ -221,7 +247,7 @@ struct LayerTypes {
         view<const T, 2, Space> dy;  // [T, d]; [T, n d] for a mixture with n outputs
         view<T, 2, Space> dx;        // [T, d]  (=)
         Params<T> grads;             //         (+=)  absent tensors are frozen
-        std::span<std::byte> context, workspace;
+        Block context, workspace;
         view<const gate_t<T>, 2, Space> prior = {};  // [T, E]  the same values as in forward
         view<gate_t<T>, 2, Space> dprior = {};       // [T, E]  (+=), or absent
         view<const gate_t<T>, 2, Space> dlogits =

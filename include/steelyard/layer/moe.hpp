@@ -85,16 +85,8 @@ public:
         return read_only<ConstParams>(params, dims_);
     }
 
-    /// A state that has seen nothing. `state` has at least `state_bytes()`.
-    Status init_state(std::span<std::byte> state) const {
-        if (Status s = check_block("layer.init_state", "state", state, state_bytes()); !s) return s;
-        if constexpr (BalanceT::remembers) {
-            const auto placed = place<State>(state.data(), dims_);
-            placed.header[0] = this->state_header();
-            config_.balance.init(placed.balance);
-        }
-        return {};
-    }
+    /// A state that has seen nothing: init_state(state), of at least `state_bytes()`.
+    using Stages::init_state;
 
     /// Writes y and, under Mode::train, observes the routing and computes this call's balance loss.
     ///

@@ -11,30 +11,8 @@
 
 #include "steelyard/layer/memory.hpp"
 #include "steelyard/layer/sum_head.hpp"
-#include "steelyard/ops/memory_ops.hpp"
 
 namespace steelyard {
-
-/// A device whose calls are worked through in order, in its own time.
-template <class D>
-concept QueuedDevice = requires {
-    requires bool(memory_ops<D>::asynchronous);
-};
-
-/// A comm backend that sums in the order of the device's work: `stream_ordered = true`. It returns at once, and its
-/// words are pinned memory. The host waits for the device before it calls any other.
-template <class C>
-concept StreamOrderedComm = requires {
-    requires bool(C::stream_ordered);
-};
-
-/// A block of memory in two parts: the host's, pinned so that the device reaches it too, and the device's.
-struct QueuedBlock {
-    std::span<std::byte> host, device;
-};
-struct QueuedBytes {
-    index_t host = 0, device = 0;
-};
 
 /// The bundles of such a layer. `Types` is a LayerTypes; its own bundles hold what is the device's.
 template <class Types>
@@ -42,21 +20,10 @@ struct QueuedTypes {
     using Space = typename Types::Space;
     using BalanceT = typename Types::Balance;
     using DeviceT = typename Types::Device;
+    using State = typename Types::State;
     using Workspace = typename Types::Workspace;
     using Seen = Observation<typename Types::Gate, Space>;
     using Record = typename BalanceT::template Record<>;
-
-    struct State {
-        view<StateHeader, 1> header;  // [1]
-        typename BalanceT::template State<> balance;
-        template <class Field>
-        void fields(Field&& field, const typename Types::Dims& dims) {
-            if constexpr (BalanceT::remembers) {
-                field("header", header, index_t{1});
-                field.group("balance", balance, dims.balance, dims.shape);
-            }
-        }
-    };
 
     /// What the host does between the counts and the slopes. It lies in the context until it has run.
     struct Conclusion {
@@ -64,7 +31,8 @@ struct QueuedTypes {
         Seen seen;
         State state;
         Record record;
-        view<std::int64_t, 1> wire;
+        view<std::int64_t, 1> wire;  // where the counts go
+        view<std::int64_t, 1> sum;   // where their sum will be: there too, unless a stack's caller says otherwise
         std::int64_t key = 0;
         std::int64_t* pending = nullptr;
         std::int64_t* refused = nullptr;
@@ -80,15 +48,25 @@ struct QueuedTypes {
         }
         static void conclude(void* self) {
             const auto& of = *static_cast<Conclusion*>(self);
-            Status summed;
-            if (of.summing) summed = SumHead::check("layer.forward", of.wire);
-            *of.refused = static_cast<std::int64_t>(summed.code());
-            Wire<> words = of.summing ? behind_head(of.wire) : Wire<>();
-            if (summed)
+            const Code code = of.verdict();
+            *of.refused = static_cast<std::int64_t>(code);
+            Wire<> words = of.summing ? behind_head(of.sum) : Wire<>();
+            if (code == Code::ok)
                 of.balance.conclude(of.seen, of.state.balance, of.record, words);
             else
                 of.spoil();
             std::atomic_ref<std::int64_t>(*of.pending).store(0, std::memory_order_release);
+        }
+        /// Of the sum; or, where the call counts on one that was enqueued before, whether that one has come.
+        [[nodiscard]] Code verdict() const {
+            if constexpr (BalanceT::communicates) {
+                const StepInfo& at = seen.tokens.step;
+                if (!summing) return balance.exchanges(state.balance, at) ? Code::rank_refused : Code::ok;
+                const Status summed = SumHead::check("layer.forward", sum);
+                if (!summed) state.enqueued.withdraw(at);
+                return summed.code();
+            }
+            return Code::ok;
         }
         /// Without a sum there are no slopes: a backward that is enqueued already shall not pass for one with them.
         void spoil() const {
@@ -124,10 +102,12 @@ struct QueuedTypes {
         }
     };
     struct HostWorkspace {
-        view<std::int64_t, 1> wire;  // [words]
+        view<std::int64_t, 1> wire;            // [words]
+        view<std::int64_t, 1> tokens_of_rank;  // [R]  for scopes that draw over ranks
         template <class Field>
         void fields(Field&& field, const typename Types::Dims& dims) {
             field("wire", wire, std::max(dims.wire_words(), dims.step_words()));
+            if constexpr (BalanceT::needs_rank_tokens) field("tokens_of_rank", tokens_of_rank, dims.shape.ranks);
         }
     };
     /// The device's part of a workspace: what is used beside the experts has memory of its own.

@@ -58,12 +58,22 @@ public:
 
     /// Zeroes all rows for the next round.
     void clear() {
-        posted_ = 0;
-        summed_ = false;
-        for (auto& word : memory_) word = 0;
+        forget();
+        zero();
     }
 
 private:
+    template <class>
+    friend class QueuedStack;
+
+    void forget() {
+        posted_ = 0;
+        summed_ = false;
+    }
+    void zero() const {
+        for (auto& word : memory_) word = 0;
+    }
+
     view<std::int64_t, 2> rows_;  // [layers, words]
     std::span<std::int64_t> memory_;
     int posted_ = 0;

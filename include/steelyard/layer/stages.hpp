@@ -91,6 +91,18 @@ protected:
         return {};
     }
 
+    /// A state that has seen nothing.
+    Status init_state(std::span<std::byte> state) const {
+        if (Status s = check_block("layer.init_state", "state", state, bytes_of<State>(dims_)); !s) return s;
+        if constexpr (Balance::remembers) {
+            const auto placed = place_state(state);
+            placed.header[0] = state_header();
+            std::fill_n(placed.enqueued.step.data, placed.enqueued.step.size(), std::int64_t{-1});
+            config_.balance.init(placed.balance);
+        }
+        return {};
+    }
+
     /// The caller's tensors are all there, but for matrices of experts that a packed copy stands in for.
     Status check_params(std::string_view stage, const typename Types::template Params<const T>& params,
                         PackedFor purpose) const {

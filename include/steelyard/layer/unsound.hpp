@@ -36,7 +36,7 @@ public:
     struct ForwardArgs {
         Anything x, params, y, context, workspace, state;
         TokenInfo<> tokens = {};
-        Stack* stack = nullptr;
+        Anything stack = {};
         index_t row = 0;
         Anything tokens_of_rank;
     };

@@ -19,8 +19,10 @@ namespace steelyard {
 ///
 /// And where work is asynchronous:
 ///
+///  Device beside(device)
+///      A line of work beside the device's own.
 ///  Device fork(device)
-///      A line of work beside the device's own, which begins when everything called so far is done.
+///      The same line, which goes on when everything called so far on the device is done.
 ///  void join(device)
 ///      What is called on the device from now on waits for its fork.
 ///  void run_on_host(device, void (*function)(void*), void* argument)
