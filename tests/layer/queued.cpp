@@ -209,6 +209,24 @@ TEST_CASE("an enqueued sum that a rank refuses is found out, spoils loss and gra
     });
 }
 
+TEST_CASE("a sum that the host waits for and a rank refuses is refused at once, and leaves y as it was") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, ThreadComm, KeepActivations, Far>;
+    ThreadGroup group(2, {.timeout = 20});
+    run_ranks(group, [&](const ThreadComm& comm) {
+        FarMachine machine;
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, comm, machine);
+        Call call = script_of(0, comm.rank(), false)[0], refused = call;
+        if (comm.rank() == 1) refused.batch.step.token_offset = -1;
+        CHECK(rig.call(refused).code() == (comm.rank() == 0 ? Code::rank_refused : Code::invalid_argument));
+        CHECK(rig.outcomes()[0].y == std::vector<float>(call.batch.x.size(), 7.0f));
+        CHECK(rig.balance_state().log.step[0] == -1);
+        CHECK(rig.call(call).message() == "ok");
+        CHECK(rig.outcomes()[1].loss >= 0.0);
+        CHECK(rig.summed(1).message() == "ok");
+        CHECK(rig.balance_state().log.step[0] == 0);
+    });
+}
+
 TEST_CASE("a replay that was enqueued on a sum which comes out refused is found out, and spoiled, too") {
     using Layer = LayerOn<SwiGlu, SynchronizedLoss, QueuedComm<ThreadComm>, KeepActivations, Far>;
     ThreadGroup group(2);
