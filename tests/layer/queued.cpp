@@ -227,6 +227,44 @@ TEST_CASE("a sum that the host waits for and a rank refuses is refused at once, 
     });
 }
 
+namespace {
+
+template <bool queued>
+void check_refusal_among_draws() {
+    using Comm = std::conditional_t<queued, QueuedComm<ThreadComm>, ThreadComm>;
+    using Layer = LayerOn<SwiGlu, ShuffledLoss, Comm, KeepActivations, Far>;
+    ThreadGroup group(2, {.timeout = 20});
+    run_ranks(group, [&](const ThreadComm& threads) {
+        FarMachine machine;
+        const auto comm = [&] {
+            if constexpr (queued)
+                return Comm{&threads, &machine};
+            else
+                return threads;
+        }();
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, comm, machine);
+        Call call = script_of(0, threads.rank(), false)[0], refused = call;
+        if (threads.rank() == 1) refused.batch.step.token_offset = -1;
+        const Status first = rig.call(refused);
+        rig.rest();
+        if (threads.rank() == 1)
+            CHECK(first.code() == Code::invalid_argument);
+        else
+            CHECK((queued ? rig.summed(0) : first).code() == Code::rank_refused);
+        CHECK(rig.call(call).message() == "ok");
+        rig.rest();
+        CHECK(rig.summed(1).message() == "ok");
+        CHECK(rig.balance_state().log.step[0] == 0);
+    });
+}
+
+}  // namespace
+
+TEST_CASE("a rank that refuses takes part in the exchange of the ranks' tokens, too") {
+    check_refusal_among_draws<false>();
+    check_refusal_among_draws<true>();
+}
+
 TEST_CASE("a replay that was enqueued on a sum which comes out refused is found out, and spoiled, too") {
     using Layer = LayerOn<SwiGlu, SynchronizedLoss, QueuedComm<ThreadComm>, KeepActivations, Far>;
     ThreadGroup group(2);
