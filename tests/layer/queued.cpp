@@ -209,6 +209,62 @@ TEST_CASE("an enqueued sum that a rank refuses is found out, spoils loss and gra
     });
 }
 
+TEST_CASE("a sum that the host waits for and a rank refuses is refused at once, and leaves y as it was") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, ThreadComm, KeepActivations, Far>;
+    ThreadGroup group(2, {.timeout = 20});
+    run_ranks(group, [&](const ThreadComm& comm) {
+        FarMachine machine;
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, comm, machine);
+        Call call = script_of(0, comm.rank(), false)[0], refused = call;
+        if (comm.rank() == 1) refused.batch.step.token_offset = -1;
+        CHECK(rig.call(refused).code() == (comm.rank() == 0 ? Code::rank_refused : Code::invalid_argument));
+        CHECK(rig.outcomes()[0].y == std::vector<float>(call.batch.x.size(), 7.0f));
+        CHECK(rig.balance_state().log.step[0] == -1);
+        CHECK(rig.call(call).message() == "ok");
+        CHECK(rig.outcomes()[1].loss >= 0.0);
+        CHECK(rig.summed(1).message() == "ok");
+        CHECK(rig.balance_state().log.step[0] == 0);
+    });
+}
+
+namespace {
+
+template <bool queued>
+void check_refusal_among_draws() {
+    using Comm = std::conditional_t<queued, QueuedComm<ThreadComm>, ThreadComm>;
+    using Layer = LayerOn<SwiGlu, ShuffledLoss, Comm, KeepActivations, Far>;
+    ThreadGroup group(2, {.timeout = 20});
+    run_ranks(group, [&](const ThreadComm& threads) {
+        FarMachine machine;
+        const auto comm = [&] {
+            if constexpr (queued)
+                return Comm{&threads, &machine};
+            else
+                return threads;
+        }();
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, comm, machine);
+        Call call = script_of(0, threads.rank(), false)[0], refused = call;
+        if (threads.rank() == 1) refused.batch.step.token_offset = -1;
+        const Status first = rig.call(refused);
+        rig.rest();
+        if (threads.rank() == 1)
+            CHECK(first.code() == Code::invalid_argument);
+        else
+            CHECK((queued ? rig.summed(0) : first).code() == Code::rank_refused);
+        CHECK(rig.call(call).message() == "ok");
+        rig.rest();
+        CHECK(rig.summed(1).message() == "ok");
+        CHECK(rig.balance_state().log.step[0] == 0);
+    });
+}
+
+}  // namespace
+
+TEST_CASE("a rank that refuses takes part in the exchange of the ranks' tokens, too") {
+    check_refusal_among_draws<false>();
+    check_refusal_among_draws<true>();
+}
+
 TEST_CASE("a replay that was enqueued on a sum which comes out refused is found out, and spoiled, too") {
     using Layer = LayerOn<SwiGlu, SynchronizedLoss, QueuedComm<ThreadComm>, KeepActivations, Far>;
     ThreadGroup group(2);

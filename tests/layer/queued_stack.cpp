@@ -238,6 +238,11 @@ TEST_CASE("what a stack's layers refuse on such a device is what they refuse on 
         one.rig.conclude(one.stack, 0).message() ==
         "steelyard: layer.conclude: context: expected the context of a deferred forward, came a context that backward "
         "has used already");
+    one.rig.rest();
+    CHECK(one.rig.loss(0) > 0.0);
+    const Call next = script_of(0, 0, false)[1];
+    REQUIRE(one.rig.forward(next, &one.stack, 0, 0).ok());
+    CHECK(one.rig.loss(0) == 0.0);  // not the last call's
     CHECK(one.rig.forward(one.call, &one.stack, 2).message() ==
           "steelyard: layer.forward: row: expected a row of the stack's 1, came 2");
     One narrow(1, -1);
@@ -365,4 +370,46 @@ void check_refusals() {
 TEST_CASE("a rank that refuses one layer's call tells the others by the stack's sum") {
     check_refusals<false>();
     check_refusals<true>();
+}
+
+namespace {
+
+template <bool queued>
+void check_steps_apart() {
+    using Comm = std::conditional_t<queued, QueuedComm<ThreadComm>, ThreadComm>;
+    using Layer = LayerOf<WindowedLoss<2>, Comm, Far>;
+    ThreadGroup group(2, {.timeout = 20});
+    run_ranks(group, [&](const ThreadComm& threads) {
+        FarMachine machine;
+        const auto comm = far_comm<queued>(threads, machine);
+        FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, comm, machine);
+        const index_t words = rig.layer.step_words();
+        std::vector<std::int64_t> memory(static_cast<std::size_t>(words));
+        typename Layer::Stack stack(memory, 1, words, {&machine});
+        REQUIRE(rig.call(script_of(0, threads.rank(), false)[0]).ok());
+        CHECK(rig.post_step(stack, 1, 0).message() ==
+              "steelyard: layer.post_step: row: expected a row of the stack's 1, came 1");
+        REQUIRE(rig.post_step(stack, 0, threads.rank()).ok());
+        CHECK(
+            rig.end_step(stack, 0, threads.rank()).message() ==
+            "steelyard: layer.end_step: stack: expected the sum of what was posted: begin, then end, came a stack that "
+            "was not summed");
+        REQUIRE(stack.begin(comm).ok());
+        REQUIRE(stack.end(comm).ok());
+        CHECK(rig.end_step(stack, 0, threads.rank()).code() == Code::comm_mismatch);
+        CHECK(rig.balance_state().ended[0] == -1);
+        stack.clear();
+        REQUIRE(rig.post_step(stack, 0, 0).ok());
+        REQUIRE(stack.begin(comm).ok());
+        REQUIRE(stack.end(comm).ok());
+        CHECK(rig.end_step(stack, 0, 0).message() == "ok");
+        CHECK(rig.balance_state().ended[0] == 0);
+    });
+}
+
+}  // namespace
+
+TEST_CASE("ranks that end different steps are told so by the stack's sum, and the step can be ended yet") {
+    check_steps_apart<false>();
+    check_steps_apart<true>();
 }

@@ -48,6 +48,7 @@ public:
     using Balance = BalanceT;
     using Params = typename Types::template Params<T>;
     using ConstParams = typename Types::template Params<const T>;
+    using Stack = typename Types::Stack;
     using ForwardArgs = typename Types::ForwardArgs;
     using BackwardArgs = typename Types::BackwardArgs;
 

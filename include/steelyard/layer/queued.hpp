@@ -56,7 +56,7 @@ public:
     using Config = typename Types::Config;
     using Params = typename Types::template Params<T>;
     using ConstParams = typename Types::template Params<const T>;
-    using Stack = QueuedStack<DeviceT>;
+    using Stack = typename Types::Stack;
     using ForwardArgs = typename Types::ForwardArgs;
     using BackwardArgs = typename Types::BackwardArgs;
 

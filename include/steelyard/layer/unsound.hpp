@@ -32,6 +32,7 @@ public:
     using Config = ConfigT;
     using Params = Anything;
     using ConstParams = Anything;
+    using Stack = steelyard::Stack;
 
     struct ForwardArgs {
         Anything x, params, y, context, workspace, state;
