@@ -34,19 +34,20 @@ struct Case {
 
 /// Tokens come in `turns` sets of their own, one call after the other: few tokens would else find their experts'
 /// weights in the cache.
-template <class BalanceT>
+template <class BalanceT, class CommT = steelyard::SelfComm>
 class TimedLayer {
 public:
-    using Layer = steelyard::MoE<bf16, steelyard::TopK, steelyard::SwiGlu, BalanceT, steelyard::SelfComm,
-                                 steelyard::Dropless, steelyard::KeepActivations, Cuda>;
+    using Layer = steelyard::MoE<bf16, steelyard::TopK, steelyard::SwiGlu, BalanceT, CommT, steelyard::Dropless,
+                                 steelyard::KeepActivations, Cuda>;
 
-    TimedLayer(const Case& of, const Cuda& device, const BalanceT& balance = {})
+    /// `stacked`: the counts are summed as a stack, of this one layer.
+    TimedLayer(const Case& of, const Cuda& device, const CommT& comm = {}, bool stacked = false)
         : case_(of),
+          comm_(&comm),
           turns_(of.tokens <= 512 ? 8 : 2),
           layer_({.shape = {.tokens = of.tokens, .width = of.width, .experts = of.experts},
                   .router = {.k = of.top_k, .bias = true},
                   .expert = {.hidden = of.hidden},
-                  .balance = balance,
                   .device = device}),
           params_(layer_.param_bytes()),
           grads_(layer_.param_bytes()),
@@ -58,7 +59,11 @@ public:
           x_(matrix_bytes() * turns_),
           y_(matrix_bytes()),
           dy_(matrix_bytes()),
-          dx_(matrix_bytes()) {
+          dx_(matrix_bytes()),
+          wires_(layer_.wire_words() * 8, CudaBytes::Where::pinned),
+          stack_({reinterpret_cast<std::int64_t*>(wires_.data()), static_cast<std::size_t>(layer_.wire_words())}, 1,
+                 layer_.wire_words(), device),
+          stacked_(stacked) {
         steelyard::throw_if_refused(layer_.check());
         steelyard::throw_if_refused(layer_.init_state(state_.span()));
         std::memset(context_host_.data(), 0, static_cast<std::size_t>(context_host_.size()));
@@ -115,20 +120,30 @@ private:
     void forward(int turn, steelyard::Mode mode) const {
         // Each call is a step of its own: to a policy that remembers, the same step again would be a replay.
         const steelyard::StepInfo at{.step = next_step_++};
-        steelyard::throw_if_refused(layer_.forward({}, {.x = x(turn),
-                                                        .params = weights(),
-                                                        .y = matrix(y_),
-                                                        .context = context(),
-                                                        .workspace = workspace(),
-                                                        .state = state_.span(),
-                                                        .tokens = {.step = at, .mode = mode}}));
+        if (stacked_) stack_.clear();
+        steelyard::throw_if_refused(layer_.forward(*comm_, {.x = x(turn),
+                                                            .params = weights(),
+                                                            .y = matrix(y_),
+                                                            .context = context(),
+                                                            .workspace = workspace(),
+                                                            .state = state_.span(),
+                                                            .tokens = {.step = at, .mode = mode},
+                                                            .stack = stacked_ ? &stack_ : nullptr}));
+        if (!stacked_) return;
+        steelyard::throw_if_refused(stack_.begin(*comm_));
+        steelyard::throw_if_refused(stack_.end(*comm_));
+        steelyard::throw_if_refused(layer_.conclude(stack_, 0, context(), workspace(), state_.span()));
     }
 
     Case case_;
+    const CommT* comm_;
     int turns_;
     Layer layer_;
     CudaBytes params_, grads_, state_, context_host_, context_device_, workspace_host_, workspace_device_, x_, y_, dy_,
         dx_;
+    CudaBytes wires_;
+    mutable typename Layer::Stack stack_;
+    bool stacked_;
     mutable std::int64_t next_step_ = 0;
 };
 

@@ -7,6 +7,11 @@
 
 #include "gpu/layer.hpp"
 #include "gpu/timeline.hpp"
+#if defined(STEELYARD_HAS_NCCL)
+#include <nccl.h>
+
+#include "steelyard/comm/nccl.hpp"
+#endif
 
 using namespace bench;
 using json = nlohmann::json;
@@ -155,38 +160,60 @@ json stages(const Case& of, const Cuda& device, const Limits& limits) {
 }
 
 /// What summing over ranks costs: forward and backward with a loss of the micro-batch, and with one that is
-/// synchronised.
-json synchronized_cost(const Case& of, const Cuda& device) {
-    const auto time = [&](const auto& timed) {
-        return time_calls(device.stream, 15, [&](int turn) { timed.forward(turn), timed.backward(turn); });
+/// synchronised, in turn.
+template <class CommT>
+json synchronized_cost(const Case& of, const Cuda& device, const char* name, const CommT& comm, bool stacked) {
+    const TimedLayer<MicroBatchLoss> micro(of, device);
+    const TimedLayer<SynchronizedLoss, CommT> synchronized(of, device, comm, stacked);
+    // One call after the other: the GPU's clock changes within a second by more than what is looked for.
+    const Turns both = time_in_turn(
+        device.stream, 100, [&](int turn) { micro.forward(turn), micro.backward(turn); },
+        [&](int turn) { synchronized.forward(turn), synchronized.backward(turn); });
+    const Spread cost = both.ratio;
+    std::printf("Synchronized over MicroBatch at T %lld, %s: %+.2f %% (quartiles %+.2f, %+.2f)\n",
+                static_cast<long long>(of.tokens), name, 100 * cost.median - 100, 100 * cost.low - 100,
+                100 * cost.high - 100);
+    std::fflush(stdout);
+    return {{"tokens", of.tokens}, {"sum", name},           {"cost", cost.median - 1},
+            {"low", cost.low - 1}, {"high", cost.high - 1}, {"micro_ms", both.first_ms}};
+}
+json synchronized_costs(const Case& of, const Cuda& device) {
+    json all;
+    const auto both = [&](const std::string& name, const auto& comm) {
+        all.push_back(synchronized_cost(of, device, name.c_str(), comm, false));
+        all.push_back(synchronized_cost(of, device, (name + ", stacked").c_str(), comm, true));
     };
-    std::vector<double> costs;
-    json result;
+    both("SelfComm", steelyard::SelfComm{});
+#if defined(STEELYARD_HAS_NCCL)
+    ncclComm_t group = nullptr;
+    const int first = 0;
+    if (ncclCommInitAll(&group, 1, &first) != ncclSuccess) throw std::runtime_error("NCCL: no communicator");
     {
-        const TimedLayer<MicroBatchLoss> micro(of, device);
-        const TimedLayer<SynchronizedLoss> synchronized(of, device);
-        for (int round = 0; round < 9; ++round) costs.push_back(time(synchronized).median / time(micro).median - 1);
+        const steelyard::NcclComm comm(group, device.side);
+        both("NcclComm, one rank", comm);
     }
-    std::sort(costs.begin(), costs.end());
-    std::printf("Synchronized over MicroBatch at T %lld: %+.2f %% (quartiles %+.2f, %+.2f)\n",
-                static_cast<long long>(of.tokens), 100 * costs[4], 100 * costs[2], 100 * costs[6]);
-    result = {{"tokens", of.tokens}, {"cost", costs[4]}, {"low", costs[2]}, {"high", costs[6]}};
-    return result;
+    ncclCommDestroy(group);
+#endif
+    return all;
 }
 
-/// What the GPU does in one forward and one backward with a synchronised loss.
-void timeline(const Case& of, const Cuda& device) {
+/// What the GPU does in one forward and one backward with a synchronised loss, or in one evaluation.
+void timeline(const Case& of, const Cuda& device, bool train) {
     const TimedLayer<SynchronizedLoss> timed(of, device);
     const auto once = [&](int turn) {
-        timed.forward(turn), timed.backward(turn);
+        if (train)
+            timed.forward(turn), timed.backward(turn);
+        else
+            timed.evaluate(turn);
         check(cudaStreamSynchronize(device.stream));
     };
     once(0), once(1);
     Timeline line;
     once(2);
-    std::printf("timeline: forward and backward, SynchronizedLoss: T %lld d %lld h %lld E %lld K %d\n",
-                static_cast<long long>(of.tokens), static_cast<long long>(of.width), static_cast<long long>(of.hidden),
-                static_cast<long long>(of.experts), of.top_k);
+    std::printf("timeline of %s: T %lld d %lld h %lld E %lld K %d\n",
+                train ? "forward and backward with SynchronizedLoss" : "evaluation", static_cast<long long>(of.tokens),
+                static_cast<long long>(of.width), static_cast<long long>(of.hidden), static_cast<long long>(of.experts),
+                of.top_k);
     print(line.stop());
 }
 
@@ -210,8 +237,9 @@ int main(int argc, char** argv) try {
     steelyard::CudaResources resources;
     const Cuda device = resources.device();
     if (only_timeline) {
-        timeline({"grid", 32768, 4096, 1024, 128, 8}, device);
-        timeline({"synchronized", 16384, 2048, 768, 128, 8}, device);
+        timeline({"grid", 32768, 4096, 1024, 128, 8}, device, true);
+        timeline({"synchronized", 16384, 2048, 768, 128, 8}, device, true);
+        timeline({"decode", 1, 2048, 768, 128, 8}, device, false);
         return 0;
     }
     const Limits limits{dense_rate(device), copy_rate(device)};
@@ -236,7 +264,7 @@ int main(int argc, char** argv) try {
     if (!skip_rest) {
         all["stages"].push_back(stages({"stages", 32768, 4096, 64, 128, 8}, device, limits));
         all["stages"].push_back(stages({"stages", 4096, 2048, 64, 128, 8}, device, limits));
-        all["synchronized"] = synchronized_cost({"synchronized", 16384, 2048, 768, 128, 8}, device);
+        all["synchronized"] = synchronized_costs({"synchronized", 16384, 2048, 768, 128, 8}, device);
     }
     all["limits_after"] = {{"dense_flops", dense_rate(device)}, {"copy_bytes", copy_rate(device)}};
     if (!out.empty()) std::ofstream(out) << all.dump(1) << '\n';

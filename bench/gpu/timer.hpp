@@ -24,26 +24,64 @@ inline void check(cudaError_t result) {
 struct Spread {
     double median = 0, low = 0, high = 0;
 };
-template <class Call>
-Spread time_calls(CUstream_st* stream, int repeats, Call&& call) {
-    cudaEvent_t begin, end;
-    check(cudaEventCreate(&begin)), check(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int i = -2; i < repeats; ++i) {
-        check(cudaEventRecord(begin, stream));
-        call(i + 2);
-        check(cudaEventRecord(end, stream));
-        check(cudaEventSynchronize(end));
-        float ms = 0;
-        check(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= 0) times.push_back(ms);
-    }
-    check(cudaEventDestroy(begin)), check(cudaEventDestroy(end));
-    std::sort(times.begin(), times.end());
+inline Spread spread_of(std::vector<double> numbers) {
+    std::sort(numbers.begin(), numbers.end());
     const auto at = [&](double share) {
-        return static_cast<double>(times[static_cast<std::size_t>(share * (times.size() - 1))]);
+        return numbers[static_cast<std::size_t>(share * static_cast<double>(numbers.size() - 1))];
     };
     return {at(0.5), at(0.25), at(0.75)};
+}
+
+/// Takes the time of one call after the other.
+class Stopwatch {
+public:
+    explicit Stopwatch(CUstream_st* stream) : stream_(stream) {
+        check(cudaEventCreate(&begin_)), check(cudaEventCreate(&end_));
+    }
+    Stopwatch(const Stopwatch&) = delete;
+    ~Stopwatch() { cudaEventDestroy(begin_), cudaEventDestroy(end_); }
+
+    template <class Call>
+    double operator()(Call&& call) const {
+        check(cudaEventRecord(begin_, stream_));
+        call();
+        check(cudaEventRecord(end_, stream_));
+        check(cudaEventSynchronize(end_));
+        float ms = 0;
+        check(cudaEventElapsedTime(&ms, begin_, end_));
+        return ms;
+    }
+
+private:
+    CUstream_st* stream_;
+    cudaEvent_t begin_, end_;
+};
+
+template <class Call>
+Spread time_calls(CUstream_st* stream, int repeats, Call&& call) {
+    const Stopwatch time(stream);
+    std::vector<double> times;
+    for (int i = -2; i < repeats; ++i) {
+        const double ms = time([&] { call(i + 2); });
+        if (i >= 0) times.push_back(ms);
+    }
+    return spread_of(std::move(times));
+}
+
+/// Two calls in turn: the first's median, and how the second compares with the one before it.
+struct Turns {
+    double first_ms = 0;
+    Spread ratio;
+};
+template <class First, class Second>
+Turns time_in_turn(CUstream_st* stream, int repeats, First&& first, Second&& second) {
+    const Stopwatch time(stream);
+    std::vector<double> of_first, ratios;
+    for (int i = -2; i < repeats; ++i) {
+        const double before = time([&] { first(i + 2); }), after = time([&] { second(i + 2); });
+        if (i >= 0) of_first.push_back(before), ratios.push_back(after / before);
+    }
+    return {spread_of(std::move(of_first)).median, spread_of(std::move(ratios))};
 }
 
 /// Random bf16 numbers, normal, a megabyte of them again and again: never zeros, on which a GPU draws less power and

@@ -4,9 +4,9 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <type_traits>
 
 #include "steelyard/core/layout.hpp"
@@ -309,13 +309,15 @@ private:
     void launch_by(const ProductMaps& maps, const GroupedProduct& of, const Finish& finish) const {
         const auto kernel = grouped_product<a, b, Block, Finish>;
         const int shared = Block::shared_bytes(of.experts);
-        // Once for each kernel and GPU: for few tokens, each call of the runtime takes longer than a product.
-        static std::atomic<bool> allowed[Gpu::most];
+        // Once for each kernel and GPU: for few tokens, each call of the runtime takes longer than a product. Other
+        // threads wait for it.
+        static std::once_flag allowed[Gpu::most];
         const Gpu& gpu = Gpu::current();
-        if (!allowed[gpu.ordinal].exchange(true))
+        std::call_once(allowed[gpu.ordinal], [&] {
             check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             Block::shared_bytes(most_experts)),
                        "cudaFuncSetAttribute");
+        });
         cudaLaunchAttribute pairs{};
         pairs.id = cudaLaunchAttributeClusterDimension;
         pairs.val.clusterDim = {Block::cluster, 1, 1};

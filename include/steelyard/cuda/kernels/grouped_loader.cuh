@@ -103,8 +103,7 @@ struct ProductLoader {
     }
     __device__ const uint4* chunks() const { return reinterpret_cast<const uint4*>(of.tokens); }
 
-    /// All steps of a tile whose rows are tokens', k along them. Rows behind the expert's last repeat it: what comes of
-    /// them is written nowhere.
+    /// All steps of a tile whose rows are tokens', k along them. Rows behind the expert's last become 0.
     __device__ void load_gathered(const Tile& tile) {
         constexpr int own_rows = Block::rows / rows_at_once;
         std::uint32_t from[own_rows];
@@ -121,8 +120,15 @@ struct ProductLoader {
             const int bytes = inside ? 16 : 0;
             const uint4* const at = chunks() + (inside ? step * (Block::depth / 8) : 0);
             const std::uint32_t to = shared.a(stage) + place_in_rows();
+            const auto copy = [&](auto is_row) {
 #pragma unroll
-            for (int i = 0; i < own_rows; ++i) hopper::copy_16(to + i * rows_at_once * 128, at + from[i], bytes);
+                for (int i = 0; i < own_rows; ++i)
+                    hopper::copy_16(to + i * rows_at_once * 128, at + from[i], is_row(i) ? bytes : 0);
+            };
+            if (last + 1 >= Block::rows)
+                copy([](int) { return true; });
+            else
+                copy([&](int i) { return thread / 8 + rows_at_once * i <= last; });
             close_step();
         }
     }
