@@ -265,6 +265,33 @@ TEST_CASE("a rank that refuses takes part in the exchange of the ranks' tokens, 
     check_refusal_among_draws<true>();
 }
 
+namespace {
+
+/// One rank, whose sums the host waits for: notes how much work the device had before.
+struct WatchingComm {
+    FarMachine* machine;
+    std::size_t* issued;
+    [[nodiscard]] int rank() const { return 0; }
+    [[nodiscard]] int size() const { return 1; }
+    Status begin_sum(std::span<std::int64_t>) const {
+        *issued = machine->issued(FarMachine::main_line);
+        return {};
+    }
+    Status end_sum(std::span<std::int64_t>) const { return {}; }
+};
+
+}  // namespace
+
+TEST_CASE("where the host waits for a sum, the device has its experts to run") {
+    using Layer = LayerOn<SwiGlu, SynchronizedLoss, WatchingComm, KeepActivations, Far>;
+    FarMachine machine;
+    std::size_t issued = 0;
+    FarRig<Layer> rig({.shape = shape, .expert = {.hidden = 4}, .device = {&machine}}, {&machine, &issued}, machine);
+    REQUIRE(rig.forward(script_of(0, 0, false)[0]).ok());
+    CHECK(machine.issued(FarMachine::main_line) == issued + 2);  // outputs are combined, and the side line joins
+    CHECK(machine.waits == 1);
+}
+
 TEST_CASE("a replay that was enqueued on a sum which comes out refused is found out, and spoiled, too") {
     using Layer = LayerOn<SwiGlu, SynchronizedLoss, QueuedComm<ThreadComm>, KeepActivations, Far>;
     ThreadGroup group(2);

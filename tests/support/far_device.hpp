@@ -56,6 +56,8 @@ public:
     }
 
     void wait(int line) { run(line, lines_[line].issued()); }
+    /// How much work a line has been given.
+    [[nodiscard]] std::size_t issued(int line) const { return lines_[line].issued(); }
     [[nodiscard]] bool idle() const {
         return lines_[0].items.empty() && lines_[1].items.empty() && !lines_[0].busy && !lines_[1].busy;
     }

@@ -48,6 +48,7 @@ class MoE<T, RouterT, ExpertT, BalanceT, CommT, OverflowT, RetentionT, DeviceT, 
     using HostWorkspace = typename Queued::HostWorkspace;
     using DeviceWorkspace = typename Queued::DeviceWorkspace;
     using Stages::config_, Stages::dims_, Stages::context_layout_;
+    static constexpr bool enqueues_sums = StreamOrderedComm<CommT>;
 
 public:
     using value_type = T;
@@ -112,18 +113,20 @@ public:
         const bool train = tokens.mode == Mode::train;
         const bool summing = train && this->exchanges(state, tokens.step);
         const bool deferred = summing && args.stack != nullptr;
+        const bool waiting = summing && !deferred && !enqueues_sums;  // with the device's experts to run meanwhile
         if (train) {
             auto seen = this->observation(host.call[0], context);
             if constexpr (BalanceT::needs_rank_tokens)
                 if (summing)
                     if (Status s = this->know_rank_tokens(comm, args, seen); !s) return s;
             this->observe(args, host, seen, workspace, state, summing);
-            if (deferred)
-                args.stack->post();
-            else if (Status s = this->sum_and_conclude(comm, host); !s)
-                return s;
+            if (deferred) args.stack->post();
+            if (!deferred && !waiting)
+                if (Status s = this->sum_and_conclude(comm, host); !s) return s;
         }
         this->run_experts(args, tokens, context, workspace.main);
+        if (waiting)
+            if (Status s = this->sum_and_conclude(comm, host); !s) return s;
         this->combine_outputs(args, tokens, context, workspace.main);
         if (train) Memory::join(config_.device);
         host.call[0].phase = !train     ? CallInfo::Phase::evaluated
@@ -144,7 +147,7 @@ public:
         if (call.is(CallInfo::Phase::ready, context_layout_)) return {};
         if (Status s = check_call(stage, call, context_layout_, CallInfo::Phase::counted); !s) return s;
         if (Status s = check_summed(stage, stack.rows(), row, wire_words()); !s) return s;
-        if constexpr (!StreamOrderedComm<CommT>)  // else the sum is still to come, and `summed` tells
+        if constexpr (!enqueues_sums)  // else the sum is still to come, and `summed` tells
             if (Status s = SumHead::check(stage, stack.row(row)); !s) return s;
         host.conclusion[0].sum = stack.row(row);
         this->enqueue_conclusion(host.conclusion[0]);
