@@ -241,10 +241,14 @@ TEST_CASE_TEMPLATE("a layer on the GPU with each balance", T, float, bf16) {
     }
 }
 
-TEST_CASE_TEMPLATE("a layer on the GPU that recomputes, and one with a shared expert", T, float, bf16) {
+TEST_CASE_TEMPLATE("a layer on the GPU that recomputes, with a shared expert, with many rows an expert", T, float,
+                   bf16) {
     const Sizes n{.tokens = 130, .width = 64, .experts = 8};
     compare<T>(Policies<TopK, SwiGlu, MicroBatchLoss, RecomputeActivations>{{.k = 2}, {.hidden = 64}}, n);
     compare<T>(Policies<TopK, WithShared<SwiGlu>, MicroBatchLoss>{{.k = 2},
                                                                   {.routed = {.hidden = 64}, .shared = {.hidden = 96}}},
                n);
+    // More than half a tile of 128: blocks work in pairs.
+    compare<T>(Policies<TopK, SwiGlu, MicroBatchLoss>{{.k = 2}, {.hidden = 64}},
+               {.tokens = 130, .width = 64, .experts = 2});
 }

@@ -28,7 +28,7 @@ bool is_grouped(const Cuda& device, const FfnWeights<const T, CudaSpace>& weight
         else if (!aligned || !GroupedFfn::fits(weights.up) || !GroupedFfn::fits(weights.down) ||
                  (weights.gate.present() && !GroupedFfn::fits(weights.gate)))
             obstacle = "rows that are no multiple of 16 bytes";
-        else if (!GroupedFfn::runs_here())
+        else if (!Gpu::current().runs_sm_90a())
             obstacle = "another GPU than sm_90";
     } else {
         obstacle = "elements other than bf16";

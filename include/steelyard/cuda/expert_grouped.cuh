@@ -13,8 +13,9 @@
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/call.cuh"
 #include "steelyard/cuda/device.hpp"
-#include "steelyard/cuda/gpu.cuh"
 #include "steelyard/cuda/kernels/ffn_finish.cuh"
+#include "steelyard/cuda/kernels/grad_finish.cuh"
+#include "steelyard/cuda/launch.cuh"
 #include "steelyard/ops/expert_ops.hpp"
 
 namespace steelyard::cuda {
@@ -82,16 +83,6 @@ public:
         if (View::rank == 2) fine = fine && tensor.extents[0] * tensor.strides[0] < index_t{8} << 32;
         return fine && tensor.extents[View::rank - 1] % 8 == 0;
     }
-    /// The GPU has the instructions, and the kernels were compiled for the target that has them: sm_90a, which the
-    /// build says by STEELYARD_CUDA_SM_90A.
-    static bool runs_here() {
-#if defined(STEELYARD_CUDA_SM_90A)
-        return Gpu::current().is_sm_90;
-#else
-        return false;
-#endif
-    }
-
     static index_t scratch_bytes(index_t rows, index_t hidden) {
         const index_t inner = rows * hidden * static_cast<index_t>(sizeof(bf16));
         const index_t parts = rows * tiles_of(hidden, 128) * static_cast<index_t>(sizeof(float));
@@ -261,7 +252,7 @@ private:
             maps.b[0] = turned_map(first ? from.gate : from.up);
             maps.b[1] = second ? turned_map(from.up) : maps.b[0];
             maps.a[0] = maps.a[1] = maps.b[0];  // not read
-            add_to(maps, head, tail, 64);
+            add_to(maps, head, tail);
             GroupedProduct of = sum_over_rows(width_, hidden_, first && second ? 2 : 1);
             gather(of, x_);
             launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAddTurned{});
@@ -270,19 +261,17 @@ private:
             ProductMaps maps{};
             maps.b[0] = maps.b[1] = turned_map(from.inner);
             maps.a[0] = maps.a[1] = maps.b[0];  // not read
-            add_to(maps, grads.down, grads.down, 16);
+            add_to(maps, grads.down, grads.down);
             GroupedProduct of = sum_over_rows(width_, hidden_, 1);
             gather(of, dy);
             launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAdd{});
         }
     }
-    /// `rows` of a box that is written.
-    static void add_to(ProductMaps& maps, const view<bf16, 3, Space>& head, const view<bf16, 3, Space>& tail,
-                       int rows) {
+    static void add_to(ProductMaps& maps, const view<bf16, 3, Space>& head, const view<bf16, 3, Space>& tail) {
         maps.extra[0] = maker().weights(head, 128);
         maps.extra[1] = maker().weights(tail, 128);
-        maps.out[0] = maker().weights(head, rows);
-        maps.out[1] = maker().weights(tail, rows);
+        maps.out[0] = maker().weights(head, 16);
+        maps.out[1] = maker().weights(tail, 16);
     }
     [[nodiscard]] GroupedProduct sum_over_rows(int m, int n, int matrices) const {
         GroupedProduct of = product(0, n, 256);
@@ -318,17 +307,10 @@ private:
                                             Block::shared_bytes(most_experts)),
                        "cudaFuncSetAttribute");
         });
-        cudaLaunchAttribute pairs{};
-        pairs.id = cudaLaunchAttributeClusterDimension;
-        pairs.val.clusterDim = {Block::cluster, 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = static_cast<unsigned>(gpu.multiprocessors / Block::cluster * Block::cluster);
-        config.blockDim = Block::threads;
-        config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-        config.stream = device_.stream;
-        config.attrs = &pairs;
-        config.numAttrs = 1;
-        check_call(cudaLaunchKernelEx(&config, kernel, maps, of, finish), "grouped_product");
+        const auto blocks = static_cast<unsigned>(gpu.multiprocessors / Block::cluster * Block::cluster);
+        launch_early("grouped_product", device_.stream,
+                     {blocks, Block::threads, static_cast<std::size_t>(shared), Block::cluster}, kernel, maps, of,
+                     finish);
     }
 
     Cuda device_;

@@ -18,6 +18,16 @@ struct Gpu {
 
     /// The one that this thread works on.
     static const Gpu& current();
+
+    /// It has Hopper's own instructions, and kernels were compiled for the target that has them, sm_90a: the build says
+    /// so by STEELYARD_CUDA_SM_90A.
+    [[nodiscard]] bool runs_sm_90a() const {
+#if defined(STEELYARD_CUDA_SM_90A)
+        return is_sm_90;
+#else
+        return false;
+#endif
+    }
 };
 
 namespace detail {

@@ -53,7 +53,6 @@ struct FinishedTile {
     index_t row = 0;  ///< first grouped row, where rows are the result's
     int rows = 0;     ///< of these, how many are the expert's
     int m = 0;        ///< first row of the result within the expert
-    int in_tile = 0;  ///< and within the tile
     int n = 0;        ///< tile of columns
     int matrix = 0;   ///< which of two results
 };

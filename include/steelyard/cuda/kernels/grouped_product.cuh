@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "steelyard/cuda/kernels/grouped_loader.cuh"
+#include "steelyard/cuda/launch.cuh"
 
 namespace steelyard::cuda {
 
@@ -21,42 +22,61 @@ __device__ void clear_tail(const ProductShared<Block>& shared, int stage, int va
     hopper::sync_threads_of(1, 128 * Block::multipliers);
 }
 
-/// A multiplying warp is done with a stage, which both blocks of a pair write to.
+/// `warps` multiplying warps are done with a stage, which both blocks of a pair write to.
 template <class Block>
-__device__ void release(const ProductShared<Block>& shared, int step, int lane) {
+__device__ void release(const ProductShared<Block>& shared, int step, int lane, int warps = 1) {
     const std::uint32_t empty = shared.empty(step % Block::stages);
     if constexpr (Block::pairs) {
-        if (lane < Block::cluster) hopper::arrive_at(empty, lane);
+        if (lane < Block::cluster) hopper::arrive_at(empty, lane, warps);
     } else {
-        if (lane == 0) hopper::arrive(empty);
+        if (lane == 0) hopper::arrive(empty, warps);
     }
 }
 
 }  // namespace detail
 
-/// What a multiplying warp finishes its tile with: steps behind those of k that bring what the finish reads, and room
-/// of its own on the way out.
-template <class BlockT>
+/// What a multiplying warp finishes its tile with: steps behind those of k that bring what the finish reads, or are
+/// room for what it writes, and room of its own on the way out. `together` warps store together, the first for all.
+template <class BlockT, int together>
 struct FinishSteps {
     using Block = BlockT;
     detail::ProductShared<Block> shared;
     const ProductMaps& maps;
     int& step;
-    int& stores;          // of this warp so far
+    int& held;            // the step that stores still read from, or none: -1
     std::uint32_t chunk;  // ProductBlock::chunk_bytes of shared memory
+    int row;              // of the tile, the warp's first of 16
     int lane;
 
-    /// The memory of the next step, which has come.
-    __device__ const char* take() const {
+    /// The address of the next step's memory, which has come.
+    __device__ std::uint32_t take() const {
         const int stage = step % Block::stages;
         hopper::wait(shared.full(stage), step / Block::stages % 2);
-        return shared.base + stage * Block::stage_bytes;
+        return shared.a(stage);
     }
-    /// This warp has read it.
+    /// The warp has read it.
     __device__ void give() const {
+        settle();
         __syncwarp();
         detail::release(shared, step, lane);
         ++step;
+    }
+    /// The warp stores from it, and has closed the group of these stores: it goes back once they are done with it, and
+    /// the warp goes on.
+    __device__ void give_when_stored() const {
+        settle<1>();
+        held = step++;
+    }
+    /// Gives back the step that is held. At the latest with a tile's first step: a later one may need its stage.
+    template <int left = 0>
+    __device__ void settle() const {
+        if (held < 0) return;
+        if (together == 1 || row % (16 * together) == 0) {
+            if (lane == 0) hopper::wait_stores_read<left>();
+            __syncwarp();
+            detail::release(shared, held, lane, together);
+        }
+        held = -1;
     }
 };
 
@@ -66,7 +86,8 @@ struct FinishSteps {
 /// same bits from run to run.
 ///
 /// A Finish may read a part of some tensor for each tile: `extra_steps` times, `bring` copies `extra_bytes` into the
-/// memory of a step, long before the warps `take()` it. Every warp must take and give each of these steps.
+/// memory of a step, long before the warps `take()` it. Every warp must take and give each of these steps. It may write
+/// its results there, and store them from there: those of the last step leave beside the products of the next tile.
 template <Bring a, Bring b, class Block, class Finish>
 __global__ void __launch_bounds__(Block::threads, 1)
     grouped_product(const __grid_constant__ ProductMaps maps, const __grid_constant__ GroupedProduct of,
@@ -85,6 +106,7 @@ __global__ void __launch_bounds__(Block::threads, 1)
         }
         hopper::publish_barriers();
     }
+    after_earlier_kernels();
     detail::count_tiles<Block::pairs>(of, shared.first());
     int rank = 0;
     if constexpr (Block::pairs) {
@@ -105,7 +127,10 @@ __global__ void __launch_bounds__(Block::threads, 1)
         constexpr bool a_by_k = !is_turned(a), b_by_k = !is_turned(b);
         float d[Block::sums];
         TileWalk walk{shared.first()};
-        int step_of_all = 0, stores = 0;
+        int step_of_all = 0, held = -1;
+        const FinishSteps<Block, Finish::warps_of_store> steps{
+            shared, maps, step_of_all, held, hopper::shared_address(shared.chunk(warp - 4)), 64 * own + 16 * (warp % 4),
+            lane};
         for (int index = blockIdx.x / Block::cluster; index < total; index += gridDim.x / Block::cluster) {
             walk.seek(index);
             const typename Loader::Tile tile(of, walk, index, rank);
@@ -124,19 +149,18 @@ __global__ void __launch_bounds__(Block::threads, 1)
                     hopper::multiply<a_by_k, b_by_k>(d, at_a + j * (a_by_k ? 2 : 128), at_b + j * (b_by_k ? 2 : 128),
                                                      step > 0 || j > 0);
                 hopper::close_products();
+                if (step == 0) steps.settle();
                 hopper::wait_products<1>();
                 if (step > 0) detail::release(shared, step_of_all - 1, lane);
             }
             hopper::wait_products<0>();
             detail::release(shared, step_of_all - 1, lane);
+            steps.settle();
             hopper::settle(d);
-            const int m = tile.m * Block::rows, row = 64 * own + 16 * (warp % 4);
-            finish(
-                FinishedTile{tile.expert, tile.first_row + m + row,
-                             Loader::over_rows ? 16 : min(16, tile.rows - m - row), m + row, row, tile.n, tile.matrix},
-                d,
-                FinishSteps<Block>{shared, maps, step_of_all, stores, hopper::shared_address(shared.chunk(warp - 4)),
-                                   lane});
+            const int m = tile.m * Block::rows + steps.row;
+            finish(FinishedTile{tile.expert, tile.first_row + m, Loader::over_rows ? 16 : min(16, tile.rows - m), m,
+                                tile.n, tile.matrix},
+                   d, steps);
         }
         hopper::wait_stores_read<0>();
     }
@@ -145,7 +169,7 @@ __global__ void __launch_bounds__(Block::threads, 1)
         hopper::sync_cluster();  // the other block still copies to here
     }
 #else
-    __trap();  // compiled for another target: GroupedFfn::runs_here does not let it come to that
+    __trap();  // compiled for another target: Gpu::runs_sm_90a does not let it come to that
 #endif
 }
 

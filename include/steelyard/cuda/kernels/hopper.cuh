@@ -22,22 +22,22 @@ __device__ inline void init_barrier(std::uint32_t barrier, int arrivals) {
 /// Makes the initialised barriers visible to the copy engine.
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ inline void arrive(std::uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ inline void arrive(std::uint32_t barrier, int times = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times) : "memory");
 }
 /// Arrives, and announces bytes that bulk copies will bring.
 __device__ inline void arrive_expecting(std::uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 /// Arrives at the same barrier of block `block` of the cluster.
-__device__ inline void arrive_at(std::uint32_t barrier, int block) {
+__device__ inline void arrive_at(std::uint32_t barrier, int block, int times = 1) {
     asm volatile(
         "{\n"
         ".reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there], %2;\n"
         "}" ::"r"(barrier),
-        "r"(block)
+        "r"(block), "r"(times)
         : "memory");
 }
 /// Waits for the phase of this parity to complete.
@@ -122,18 +122,23 @@ __device__ inline void arrive_when_copied(std::uint32_t barrier) {
 
 /// Four 8 x 8 matrices of 16-bit numbers from a warp's registers to shared memory: lane l says where row l % 8 of
 /// matrix l / 8 lies, and register m holds the lane's pair of matrix m: row l / 4, columns 2 (l % 4) and the next.
-__device__ inline void store_matrices(std::uint32_t to, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
-                                      std::uint32_t m3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m0), "r"(m1),
-                 "r"(m2), "r"(m3)
+__device__ inline void store_matrices(std::uint32_t to, const std::uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m[0]), "r"(m[1]),
+                 "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+/// Reads what that writes.
+__device__ inline void load_matrices(std::uint32_t from, std::uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
                  : "memory");
 }
 
 /// The same with each matrix turned: register m holds row 2 (l % 4) and the next of column l / 4.
-__device__ inline void store_matrices_turned(std::uint32_t to, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
-                                             std::uint32_t m3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m0), "r"(m1),
-                 "r"(m2), "r"(m3)
+__device__ inline void store_matrices_turned(std::uint32_t to, const std::uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m[0]),
+                 "r"(m[1]), "r"(m[2]), "r"(m[3])
                  : "memory");
 }
 /// Reads what that writes.
