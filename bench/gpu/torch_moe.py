@@ -131,7 +131,7 @@ def main():
               ("DeepSeek-V2-Lite", 2048, 1408, 64, 6), ("gpt-oss-20b without biases", 2880, 2880, 32, 4),
               ("Mixtral-8x7B", 4096, 14336, 8, 2), ("DeepSeek-V3", 7168, 2048, 256, 8)]
     for name, d, h, experts, top_k in models:
-        for tokens in (1, 16, 4096, 32768) if options.quick else (1, 4, 16, 64, 512, 4096, 16384, 32768):
+        for tokens in (16, 32768) if options.quick else (1, 4, 16, 64, 512, 4096, 16384, 32768):
             cases.append((name, tokens, d, h, experts, top_k, False))
     results = []
     for case in cases:

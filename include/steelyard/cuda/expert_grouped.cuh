@@ -13,9 +13,9 @@
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/call.cuh"
 #include "steelyard/cuda/device.hpp"
+#include "steelyard/cuda/gpu.cuh"
 #include "steelyard/cuda/kernels/ffn_finish.cuh"
 #include "steelyard/cuda/kernels/grad_finish.cuh"
-#include "steelyard/cuda/launch.cuh"
 #include "steelyard/ops/expert_ops.hpp"
 
 namespace steelyard::cuda {
@@ -307,10 +307,17 @@ private:
                                             Block::shared_bytes(most_experts)),
                        "cudaFuncSetAttribute");
         });
-        const auto blocks = static_cast<unsigned>(gpu.multiprocessors / Block::cluster * Block::cluster);
-        launch_early("grouped_product", device_.stream,
-                     {blocks, Block::threads, static_cast<std::size_t>(shared), Block::cluster}, kernel, maps, of,
-                     finish);
+        cudaLaunchAttribute pairs{};
+        pairs.id = cudaLaunchAttributeClusterDimension;
+        pairs.val.clusterDim = {Block::cluster, 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = static_cast<unsigned>(gpu.multiprocessors / Block::cluster * Block::cluster);
+        config.blockDim = Block::threads;
+        config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+        config.stream = device_.stream;
+        config.attrs = &pairs;
+        config.numAttrs = 1;
+        check_call(cudaLaunchKernelEx(&config, kernel, maps, of, finish), "grouped_product");
     }
 
     Cuda device_;

@@ -56,16 +56,16 @@ void plan_ops<Cuda>::make_plan(const Cuda& device, view<const expert_t, 2, CudaS
     const auto blocks = static_cast<unsigned>(call.blocks);
     const auto room = [&](int rows) { return static_cast<std::size_t>(rows) * call.experts * sizeof(std::int32_t); };
     if (blocks > 1) {
-        cuda::launch_early("count_choices", device.stream, {blocks, SortCall::threads, room(1)}, cuda::count_choices,
-                           call);
+        cuda::count_choices<<<blocks, SortCall::threads, room(1), device.stream>>>(call);
+        cuda::check_call(cudaGetLastError(), "count_choices");
     }
     const auto place_room = room(SortCall::warps + 2);
     if (place_room > 48 * 1024)
         cuda::check_call(cudaFuncSetAttribute(cuda::place_choices, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               static_cast<int>(place_room)),
                          "place_choices");
-    cuda::launch_early("place_choices", device.stream, {blocks, SortCall::threads, place_room}, cuda::place_choices,
-                       call);
+    cuda::place_choices<<<blocks, SortCall::threads, place_room, device.stream>>>(call);
+    cuda::check_call(cudaGetLastError(), "place_choices");
 }
 
 template <class T>
@@ -93,11 +93,11 @@ void plan_ops<Cuda>::combine(const Cuda& device, const Plan<CudaSpace>& plan, vi
     const auto launch = [&](auto pack) {
         const int packs = static_cast<int>(width) / pack.value, across = std::min(packs, cuda::combine_threads);
         const dim3 grid(cuda::blocks_for(tokens, cuda::combine_threads / across), cuda::blocks_for(packs, across));
-        cuda::launch_early("combine_rows", device.stream, {grid, cuda::combine_threads},
-                           cuda::combine_rows<T, pack.value>,
-                           cuda::matrix_of(view<const std::int32_t, 2, CudaSpace>(plan.row)),
-                           static_cast<int>(plan.top_k()), cuda::matrix_of(rows), cuda::matrix_of(weight), tokens,
-                           static_cast<int>(width), cuda::matrix_of(y), write == Write::add);
+        cuda::combine_rows<T, pack.value><<<grid, cuda::combine_threads, 0, device.stream>>>(
+            cuda::matrix_of(view<const std::int32_t, 2, CudaSpace>(plan.row)), static_cast<int>(plan.top_k()),
+            cuda::matrix_of(rows), cuda::matrix_of(weight), tokens, static_cast<int>(width), cuda::matrix_of(y),
+            write == Write::add);
+        cuda::check_call(cudaGetLastError(), "combine_rows");
     };
     if (cuda::takes_packs<T>(width, rows, y))
         launch(std::integral_constant<int, cuda::whole_pack<T>>{});

@@ -80,9 +80,9 @@ void launch_select(const Cuda& device, const SelectCall& call) {
     const bool grouped = choose && call.rule.kept_groups < call.rule.groups;
     const auto shared = grouped ? warps_of_block * static_cast<std::size_t>(call.experts) * sizeof(float) : 0;
     const auto launch = [&](auto slots) {
-        launch_early("select_tokens", device.stream,
-                     {blocks_for(call.tokens, warps_of_block), 32 * warps_of_block, shared},
-                     select_tokens<slots.value, choose>, call);
+        select_tokens<slots.value, choose>
+            <<<blocks_for(call.tokens, warps_of_block), 32 * warps_of_block, shared, device.stream>>>(call);
+        check_call(cudaGetLastError(), "select_tokens");
     };
     const int slots = (call.experts + 31) / 32;
     if (slots <= 1)
@@ -119,10 +119,10 @@ void router_ops<Cuda>::logits(const Cuda& device, view<const T, 2, CudaSpace> x,
         constexpr index_t few = 16;
         if (tokens <= few && cuda::takes_packs<T>(width, rows, weight)) {
             constexpr int pack = cuda::whole_pack<T>;
-            return cuda::launch_early("multiply_few", device.stream, {cuda::blocks_for(tokens * experts, 8), 256},
-                                      cuda::multiply_few<T, pack>, cuda::matrix_of(rows), cuda::matrix_of(weight),
-                                      tokens, static_cast<int>(experts), static_cast<int>(width),
-                                      cuda::matrix_of(logits));
+            cuda::multiply_few<T, pack><<<cuda::blocks_for(tokens * experts, 8), 256, 0, device.stream>>>(
+                cuda::matrix_of(rows), cuda::matrix_of(weight), tokens, static_cast<int>(experts),
+                static_cast<int>(width), cuda::matrix_of(logits));
+            return cuda::check_call(cudaGetLastError(), "multiply_few");
         }
         cuda::multiply<Turn::no, Turn::yes, T, float>(
             device, rows.extents[0], experts, width, cuda::matrix_of(rows), cuda::matrix_of(weight),
@@ -149,9 +149,10 @@ void router_ops<Cuda>::add_bias(const Cuda& device, view<const T, 1, CudaSpace> 
                                 view<gate_t<T>, 2, CudaSpace> logits) {
     const index_t tokens = logits.extents[0], experts = logits.extents[1];
     if (tokens == 0) return;
-    cuda::launch_early("add_expert_bias", device.stream,
-                       {cuda::blocks_for(tokens * experts, cuda::row_threads), cuda::row_threads},
-                       cuda::add_expert_bias<T>, bias.data, bias.strides[0], tokens, experts, cuda::matrix_of(logits));
+    cuda::add_expert_bias<T>
+        <<<cuda::blocks_for(tokens * experts, cuda::row_threads), cuda::row_threads, 0, device.stream>>>(
+            bias.data, bias.strides[0], tokens, experts, cuda::matrix_of(logits));
+    cuda::check_call(cudaGetLastError(), "add_expert_bias");
 }
 
 template <class T>

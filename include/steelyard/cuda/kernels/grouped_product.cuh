@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "steelyard/cuda/kernels/grouped_loader.cuh"
-#include "steelyard/cuda/launch.cuh"
 
 namespace steelyard::cuda {
 
@@ -106,7 +105,6 @@ __global__ void __launch_bounds__(Block::threads, 1)
         }
         hopper::publish_barriers();
     }
-    after_earlier_kernels();
     detail::count_tiles<Block::pairs>(of, shared.first());
     int rank = 0;
     if constexpr (Block::pairs) {

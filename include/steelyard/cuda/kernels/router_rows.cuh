@@ -5,7 +5,6 @@
 
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/kernels/warp.cuh"
-#include "steelyard/cuda/launch.cuh"
 #include "steelyard/ops/router_ops.hpp"
 
 namespace steelyard::cuda {
@@ -70,7 +69,6 @@ __global__ void add_input_gradient(Matrix<const T> rows, RouterNoise noise, inde
 template <class T, int pack>
 __global__ void multiply_few(Matrix<const T> x, Matrix<const T> weight, index_t tokens, int experts, int width,
                              Matrix<float> logits) {
-    after_earlier_kernels();
     const index_t at = static_cast<index_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     if (at >= tokens * experts) return;
     const index_t t = at / experts, e = at % experts;
@@ -98,7 +96,6 @@ __global__ void add_logit_noise(RouterNoise noise, index_t tokens, index_t exper
 
 template <class T>
 __global__ void add_expert_bias(const T* bias, index_t stride, index_t tokens, index_t experts, Matrix<float> logits) {
-    after_earlier_kernels();
     const index_t at = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < tokens * experts) logits(at / experts, at % experts) += to_float(bias[at % experts * stride]);
 }

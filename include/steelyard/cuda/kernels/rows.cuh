@@ -5,7 +5,6 @@
 
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/kernels/warp.cuh"
-#include "steelyard/cuda/launch.cuh"
 
 namespace steelyard::cuda {
 
@@ -27,7 +26,6 @@ inline constexpr int combine_threads = 256;
 template <class T, int pack>
 __global__ void combine_rows(Matrix<const std::int32_t> row, int top_k, Matrix<const T> rows,
                              Matrix<const float> weight, index_t tokens, int width, Matrix<T> y, bool add) {
-    after_earlier_kernels();
     const int packs = width / pack, across = min(packs, combine_threads), together_tokens = combine_threads / across;
     const int own = static_cast<int>(threadIdx.x) / across, thread = static_cast<int>(threadIdx.x) % across;
     const index_t t = static_cast<index_t>(blockIdx.x) * together_tokens + own;

@@ -5,7 +5,6 @@
 
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/kernels/warp.cuh"
-#include "steelyard/cuda/launch.cuh"
 #include "steelyard/cuda/score_math.hpp"
 #include "steelyard/ops/router_ops.hpp"
 
@@ -147,7 +146,6 @@ __device__ inline void weigh_token(const SelectCall& call, index_t t, int lane) 
 /// groups, [warps, E].
 template <int slots, bool choose>
 __global__ void select_tokens(SelectCall call) {
-    after_earlier_kernels();
     extern __shared__ float ranked[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const index_t t = static_cast<index_t>(blockIdx.x) * (blockDim.x / 32) + warp;

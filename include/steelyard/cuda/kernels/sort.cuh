@@ -7,7 +7,6 @@
 #include "steelyard/core/routing.hpp"
 #include "steelyard/cuda/grouped_tiles.hpp"
 #include "steelyard/cuda/kernels/warp.cuh"
-#include "steelyard/cuda/launch.cuh"
 
 namespace steelyard::cuda {
 
@@ -36,7 +35,6 @@ struct SortCall {
 
 /// counts [blocks, E] (=)
 __global__ void count_choices(SortCall call) {
-    after_earlier_kernels();
     extern __shared__ std::int32_t counted[];  // [E]
     for (int e = threadIdx.x; e < call.experts; e += blockDim.x) counted[e] = 0;
     __syncthreads();
@@ -91,7 +89,6 @@ __device__ inline std::int32_t sums_before(std::int32_t* values, int n) {
 /// offsets, choice, row (=). A warp has a run of the block's choices: it counts them, learns where its rows of each
 /// expert begin, and places them 32 at a time, of which those of lower lanes come first.
 __global__ void place_choices(SortCall call) {
-    after_earlier_kernels();
     extern __shared__ std::int32_t placing[];
     std::int32_t* const total = placing;                        // [E]  then where an expert's rows begin
     std::int32_t* const before = placing + call.experts;        // [E]
