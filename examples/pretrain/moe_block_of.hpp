@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "any_comm.hpp"
 #include "any_router.hpp"
 #include "limit.hpp"
 #include "memory.hpp"
@@ -19,7 +20,6 @@ namespace pretrain {
 template <class Layer>
 class BlockAround : public MoeBlock<typename Layer::value_type> {
     using T = typename Layer::value_type;
-    using Comm = typename Layer::Comm;
 
 public:
     index_t param_bytes() const override { return layer_.param_bytes(); }
@@ -71,7 +71,7 @@ public:
     std::span<std::byte> state() override { return state_.span(); }
 
 protected:
-    BlockAround(const typename Layer::Config& config, const Comm& comm)
+    BlockAround(const typename Layer::Config& config, const AnyComm& comm)
         : layer_(config), comm_(comm), context_(layer_.context_bytes()), state_(layer_.state_bytes()),
           load_(static_cast<std::size_t>(config.shape.experts)) {
         steelyard::throw_if_refused(layer_.check());
@@ -79,7 +79,7 @@ protected:
     }
 
     Layer layer_;
-    Comm comm_;
+    AnyComm comm_;
     Bytes context_, state_;
     steelyard::StepInfo step_;
     std::vector<std::int64_t> load_;  // [E]
@@ -114,18 +114,18 @@ template <class Main, class Record>
 [[nodiscard]] double main_loss(const BalanceWith<Main>& balance, const Record& record, const steelyard::StepInfo& step) {
     return std::get<0>(balance.parts).loss(std::get<0>(record.of), step);
 }
-template <class T, class Comm, class Main>
-using LayerWith = steelyard::MoE<T, AnyRouter, steelyard::SwiGlu, BalanceWith<Main>, Comm, Limit>;
+template <class T, class Main>
+using LayerWith = steelyard::MoE<T, AnyRouter, steelyard::SwiGlu, BalanceWith<Main>, AnyComm, Limit>;
 
 /// SwiGLU experts behind the router and the capacity of the settings, balanced by `Main` and a router z-loss.
-template <class T, class Comm, class Main>
-class MoeBlockOf final : public BlockAround<LayerWith<T, Comm, Main>> {
-    using Base = BlockAround<LayerWith<T, Comm, Main>>;
+template <class T, class Main>
+class MoeBlockOf final : public BlockAround<LayerWith<T, Main>> {
+    using Base = BlockAround<LayerWith<T, Main>>;
     using Base::layer_, Base::context_, Base::load_;
 
 public:
     /// `unit` is what the main part's reported loss is divided by: its coefficient.
-    MoeBlockOf(const Settings& s, int layer, const Comm& comm, const Main& main, double unit)
+    MoeBlockOf(const Settings& s, int layer, const AnyComm& comm, const Main& main, double unit)
         : Base({.shape = layer_shape(s),
                 .router = make_router(s),
                 .expert = {.hidden = s.hidden},
@@ -156,15 +156,15 @@ private:
     bool hears_prior_;
 };
 
-template <class T, class Comm>
-using MergedLayer = steelyard::MoE<T, steelyard::MergeExperts, steelyard::SwiGlu, steelyard::NoBalance, Comm>;
+template <class T>
+using MergedLayer = steelyard::MoE<T, steelyard::MergeExperts, steelyard::SwiGlu, steelyard::NoBalance, AnyComm>;
 
 /// One SwiGLU expert for each run of tokens, blended from all by the run before. Nothing is chosen or balanced.
-template <class T, class Comm>
-class MergedBlock final : public BlockAround<MergedLayer<T, Comm>> {
+template <class T>
+class MergedBlock final : public BlockAround<MergedLayer<T>> {
 public:
-    MergedBlock(const Settings& s, int layer, const Comm& comm)
-        : BlockAround<MergedLayer<T, Comm>>(
+    MergedBlock(const Settings& s, int layer, const AnyComm& comm)
+        : BlockAround<MergedLayer<T>>(
               {.shape = layer_shape(s),
                .router = {.segment = s.segment, .first = steelyard::FirstSegment::uniform},  // causal
                .expert = {.hidden = s.hidden},

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "any_comm.hpp"
 #include "checkpoint.hpp"
 #include "initial.hpp"
 #include "progress.hpp"
@@ -31,12 +32,12 @@ struct Shared {
     RunRecord record;                       ///< kept by rank 0
 };
 
-template <class T, class Comm, class Device = Threads>
+template <class T, class Device = Threads>
 class Run {
     using Model = Transformer<T, Device>;
 
 public:
-    Run(Shared<T, Device>& shared, const Comm& comm, Team team, typename Model::Blocks blocks, Device device)
+    Run(Shared<T, Device>& shared, const AnyComm& comm, Team team, typename Model::Blocks blocks, Device device)
         : shared_(shared), settings_(shared.settings), comm_(comm), team_(team),
           replica_(settings_, comm.rank(), std::move(blocks), std::move(device)),
           totals_(settings_.layers, settings_.experts), watch_(settings_, shared.corpus) {}
@@ -274,7 +275,7 @@ private:
 
     Shared<T, Device>& shared_;
     const Settings& settings_;
-    Comm comm_;
+    AnyComm comm_;
     Team team_;
     Replica<T, Device> replica_;
     StepTotals totals_;

@@ -43,8 +43,8 @@ RunRecord run_mpi(Shared<float>& shared, double patience) {
     const steelyard::MpiComm comm(MPI_COMM_WORLD, {.timeout = patience});
     try {
         const Settings& settings = shared.settings;
-        Run<float, steelyard::MpiComm>(shared, comm, {}, make_moe_blocks<float>(settings, shared.strategy, comm),
-                                       Threads(settings.threads))
+        Run<float>(shared, comm, {}, make_moe_blocks<float>(settings, shared.strategy, comm),
+                   Threads(settings.threads))
             .go();
     } catch (const std::exception& error) {
         comm.abort("rank " + std::to_string(comm.rank()) + ": " + error.what());

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "any_comm.hpp"
 #include "moe_block.hpp"
 
 namespace pretrain {
@@ -42,8 +43,7 @@ public:
     void ask_to_stop() { whole_[1] = 1; }
 
     /// Afterwards every rank holds the sums over all.
-    template <class Comm>
-    [[nodiscard]] Status sum(const Comm& comm) {
+    [[nodiscard]] Status sum(const AnyComm& comm) {
         if (Status s = comm.begin_sum(std::span(real_)); !s) return s;
         if (Status s = comm.end_sum(std::span(real_)); !s) return s;
         if (Status s = comm.begin_sum(std::span(whole_)); !s) return s;

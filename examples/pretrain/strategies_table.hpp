@@ -49,14 +49,14 @@ auto with_strategy(const Settings& s, Strategy strategy, const Make& make) {
     return refuse("strategy '" + name_of(strategy) + "' is not compiled");
 }
 
-template <class T, class Comm>
-std::unique_ptr<MoeBlock<T>> make_moe_block(const Settings& s, Strategy strategy, int layer, const Comm& comm) {
+template <class T>
+std::unique_ptr<MoeBlock<T>> make_moe_block(const Settings& s, Strategy strategy, int layer, const AnyComm& comm) {
     if (s.router == RouterKind::merge) {
         if (strategy != Strategy::none) throw UserError("--router merge needs --balance none");
-        return std::make_unique<MergedBlock<T, Comm>>(s, layer, comm);
+        return std::make_unique<MergedBlock<T>>(s, layer, comm);
     }
     return with_strategy(s, strategy, [&]<class Main>(const Main& main, double unit) -> std::unique_ptr<MoeBlock<T>> {
-        return std::make_unique<MoeBlockOf<T, Comm, Main>>(s, layer, comm, main, unit);
+        return std::make_unique<MoeBlockOf<T, Main>>(s, layer, comm, main, unit);
     });
 }
 

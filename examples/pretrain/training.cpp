@@ -24,9 +24,8 @@ constexpr double patience = 600;
 RunRecord run_threads(Shared<float>& shared) {
     steelyard::ThreadGroup group(shared.settings.ranks, {.timeout = patience});
     steelyard::run_ranks(group, [&](const steelyard::ThreadComm& comm) {
-        Run<float, steelyard::ThreadComm>(shared, comm, {comm.rank(), comm.size()},
-                                          make_moe_blocks<float>(shared.settings, shared.strategy, comm),
-                                          Threads(shared.settings.threads))
+        Run<float>(shared, comm, {comm.rank(), comm.size()},
+                   make_moe_blocks<float>(shared.settings, shared.strategy, comm), Threads(shared.settings.threads))
             .go();
     });
     return std::move(shared.record);

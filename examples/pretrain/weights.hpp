@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "any_comm.hpp"
 #include "host.hpp"
 #include "moe_block.hpp"
 
@@ -39,8 +40,7 @@ public:
 
     /// One step by the sum of all ranks' gradients, which are zeroed. Called by every rank, with its own access to the
     /// device; returns the norm of the whole gradient, before clipping, on each. `t` counts from 1.
-    template <class Comm>
-    [[nodiscard]] Status step(const Device& device, const Comm& comm, Team team, const Settings& settings,
+    [[nodiscard]] Status step(const Device& device, const AnyComm& comm, Team team, const Settings& settings,
                               std::int64_t t, double& norm) {
         const index_t blocks = tiles_of(size(), block), count = size();
         const index_t begin = blocks * team.member / team.size * block;
@@ -75,8 +75,7 @@ private:
 
     [[nodiscard]] static T* numbers(const Memory& memory) { return reinterpret_cast<T*>(memory.data()); }
 
-    template <class Comm>
-    static Status meet(const Device& device, const Comm& comm, Team team) {
+    static Status meet(const Device& device, const AnyComm& comm, Team team) {
         if (team.size == 1) return {};  // what comes next, the device does next
         if (Status s = finish(device); !s) return s;
         return comm.barrier();

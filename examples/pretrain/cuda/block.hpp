@@ -16,11 +16,11 @@
 
 namespace pretrain {
 
-template <class Element, class Comm, class Main>
+template <class Element, class Main>
 class CudaBlockOf final : public CudaBlock {
     using Cuda = steelyard::Cuda;
     using Space = steelyard::CudaSpace;
-    using Layer = steelyard::MoE<Element, steelyard::TopK, steelyard::SwiGlu, BalanceWith<Main>, Comm,
+    using Layer = steelyard::MoE<Element, steelyard::TopK, steelyard::SwiGlu, BalanceWith<Main>, AnyComm,
                                  steelyard::Dropless, steelyard::KeepActivations, Cuda>;
     /// How parameters lie in float: as on the CPU, so that a checkpoint is of both.
     using Master = steelyard::MoE<float, steelyard::TopK, steelyard::SwiGlu>;
@@ -28,7 +28,7 @@ class CudaBlockOf final : public CudaBlock {
 
 public:
     /// `unit` is what the main part's reported loss is divided by: its coefficient.
-    CudaBlockOf(const Gpu& gpu, const Settings& s, int layer, const Comm& comm, const Main& main, double unit)
+    CudaBlockOf(const Gpu& gpu, const Settings& s, int layer, const AnyComm& comm, const Main& main, double unit)
         : gpu_(gpu),
           layer_({.shape = layer_shape(s),
                   .router = std::get<steelyard::TopK>(make_router(s).held),
@@ -192,7 +192,7 @@ private:
     Gpu gpu_;
     Layer layer_;
     Master master_;
-    Comm comm_;
+    AnyComm comm_;
     double unit_;
     PinnedBytes context_host_;
     GpuBytes context_device_;
@@ -208,12 +208,12 @@ private:
 
 template <class Element>
 std::unique_ptr<CudaBlock> make_cuda_block(const Gpu& gpu, const Settings& s, Strategy strategy, int layer,
-                                           const steelyard::ThreadComm& comm) {
+                                           const AnyComm& comm) {
     return with_strategy(
         s, strategy,
         [&]<class Main>(const Main& main,
                         double unit) -> std::unique_ptr<CudaBlock> requires(!Main::needs_rank_tokens) {
-            return std::make_unique<CudaBlockOf<Element, steelyard::ThreadComm, Main>>(gpu, s, layer, comm, main, unit);
+            return std::make_unique<CudaBlockOf<Element, Main>>(gpu, s, layer, comm, main, unit);
         });
 }
 

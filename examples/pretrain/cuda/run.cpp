@@ -20,8 +20,7 @@ RunRecord run_cuda(const Settings& settings, Strategy strategy, const Corpus& co
     steelyard::ThreadGroup group(settings.ranks, {.timeout = patience});
     steelyard::run_ranks(group, [&](const steelyard::ThreadComm& comm) {
         const Gpu gpu;
-        Run<float, steelyard::ThreadComm, Gpu>(shared, comm, {comm.rank(), comm.size()},
-                                               make_cuda_blocks(gpu, settings, strategy, comm), gpu)
+        Run<float, Gpu>(shared, comm, {comm.rank(), comm.size()}, make_cuda_blocks(gpu, settings, strategy, comm), gpu)
             .go();
     });
     return std::move(shared.record);

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "gpu.hpp"
+#include "pretrain/any_comm.hpp"
 #include "pretrain/moe_block.hpp"
 #include "pretrain/settings.hpp"
-#include "steelyard/comm/threads.hpp"
 #include "steelyard/core/bf16.hpp"
 
 namespace pretrain {
@@ -18,12 +18,12 @@ using CudaBlock = MoeBlock<float, steelyard::CudaSpace>;
 /// strategies_bf16.cpp.
 template <class Element>
 [[nodiscard]] std::unique_ptr<CudaBlock> make_cuda_block(const Gpu& gpu, const Settings& settings, Strategy strategy,
-                                                         int layer, const steelyard::ThreadComm& comm);
+                                                         int layer, const AnyComm& comm);
 
 /// The blocks of all layers, as the Transformer takes them.
 [[nodiscard]] inline std::vector<std::unique_ptr<CudaBlock>> make_cuda_blocks(const Gpu& gpu, const Settings& settings,
                                                                               Strategy strategy,
-                                                                              const steelyard::ThreadComm& comm) {
+                                                                              const AnyComm& comm) {
     const auto make = settings.in_bf16() ? make_cuda_block<steelyard::bf16> : make_cuda_block<float>;
     std::vector<std::unique_ptr<CudaBlock>> blocks;
     for (int l = 0; l < settings.layers; ++l) blocks.push_back(make(gpu, settings, strategy, l, comm));

@@ -2,5 +2,5 @@
 
 namespace pretrain {
 template std::unique_ptr<CudaBlock> make_cuda_block<float>(const Gpu&, const Settings&, Strategy, int,
-                                                           const steelyard::ThreadComm&);
+                                                           const AnyComm&);
 }  // namespace pretrain

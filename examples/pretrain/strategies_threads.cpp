@@ -1,6 +1,0 @@
-#include "steelyard/comm/threads.hpp"
-#include "strategies_table.hpp"
-
-namespace pretrain {
-template std::unique_ptr<MoeBlock<float>> make_moe_block(const Settings&, Strategy, int, const steelyard::ThreadComm&);
-}
