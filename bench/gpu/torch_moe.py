@@ -3,7 +3,7 @@
 python finds it.
 
 All are given the choices: what is timed is experts and combine, forward and with backward, in bf16. Their results are
-compared before time is taken. Writes JSON in the form of steelyard_gpu_bench.
+compared with each other. Writes JSON in the form of steelyard_gpu_bench.
 """
 import argparse
 import json

@@ -86,7 +86,7 @@ template <int rooms>
 struct FinishOfRooms {
     static constexpr int warps_of_store = 1;
     template <class Block>
-    static constexpr int extra_steps = rooms* Block::columns / 128 > Block::chunk_bytes / room_bytes ? 1 : 0;
+    static constexpr int extra_steps = Block::columns / 128 * rooms > Block::chunk_bytes / room_bytes ? 1 : 0;
     template <class Block>
     static constexpr int extra_bytes() {
         return 0;
