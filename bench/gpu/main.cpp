@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <regex>
 
@@ -86,22 +87,26 @@ json run(const Case& of, const Cuda& device, const Limits& limits) {
     // Backward alone: the time of both less that of forward, for each backward uses its forward up.
     const Spread both =
         time_calls(device.stream, repeats, [&](int turn) { timed.forward(turn), timed.backward(turn); });
+    const Spread added = time_calls(
+        device.stream, repeats, [&](int turn) { timed.forward(turn), timed.backward(turn, steelyard::Write::add); });
     const double backward = both.median - forward.median, flops = of.forward_flops();
     result["forward_ms"] = of_spread(forward), result["both_ms"] = of_spread(both);
+    result["both_added_ms"] = of_spread(added);
     result["forward_flops"] = flops / forward.median * 1e3, result["backward_flops"] = 2 * flops / backward * 1e3;
     result["forward_share"] = flops / forward.median * 1e3 / limits.dense;
     result["backward_share"] = 2 * flops / backward * 1e3 / limits.dense;
     result["context_bytes_per_token"] = timed.context_bytes() / static_cast<double>(of.tokens);
     result["workspace_bytes_per_token"] = timed.workspace_bytes() / static_cast<double>(of.tokens);
-    std::printf("%-28s T %5lld %s  forward %9.3f ms %4.0f TFLOP/s %3.0f %%  backward %9.3f ms %4.0f TFLOP/s %3.0f %%",
-                of.name.c_str(), static_cast<long long>(of.tokens), of.zipf ? "Zipf" : "    ", forward.median,
-                flops / forward.median / 1e9, 100 * flops / forward.median * 1e3 / limits.dense, backward,
-                2 * flops / backward / 1e9, 100 * 2 * flops / backward * 1e3 / limits.dense);
+    std::printf(
+        "%-28s T %5lld %s  forward %9.3f ms %4.0f TFLOP/s %3.0f %%  backward %9.3f ms %4.0f TFLOP/s %3.0f %%, "
+        "adding %+.1f %%",
+        of.name.c_str(), static_cast<long long>(of.tokens), of.zipf ? "Zipf" : "    ", forward.median,
+        flops / forward.median / 1e9, 100 * flops / forward.median * 1e3 / limits.dense, backward,
+        2 * flops / backward / 1e9, 100 * 2 * flops / backward * 1e3 / limits.dense,
+        100 * (added.median - both.median) / backward);
     if (of.tokens <= 64) {
         const Spread graph = time_in_graph(timed, device);
-        const auto offsets = timed.offsets();
-        double touched = 0;
-        for (std::size_t e = 0; e + 1 < offsets.size(); ++e) touched += offsets[e + 1] > offsets[e];
+        const double touched = timed.touched_experts();
         const double bytes = touched * 6.0 * static_cast<double>(of.width) * static_cast<double>(of.hidden);
         result["graph_ms"] = of_spread(graph);
         result["weight_bytes_rate"] = bytes / graph.median * 1e3;
@@ -160,27 +165,40 @@ json stages(const Case& of, const Cuda& device, const Limits& limits) {
 }
 
 /// What summing over ranks costs: forward and backward with a loss of the micro-batch, and with one that is
-/// synchronised, in turn.
+/// synchronised, in turn: the GPU's clock changes within a second by more than what is looked for. Counted is the time
+/// in which a kernel or a copy runs on either stream, not that in which the GPU waits for the host.
 template <class CommT>
 json synchronized_cost(const Case& of, const Cuda& device, const char* name, const CommT& comm, bool stacked) {
-    const TimedLayer<MicroBatchLoss> micro(of, device);
     const TimedLayer<SynchronizedLoss, CommT> synchronized(of, device, comm, stacked);
-    // In turn: the GPU's clock changes within a second by more than what is looked for. Several calls at a time, so
-    // that the host is ahead of the GPU, as it is in a model of many layers.
-    constexpr int calls = 4;
-    const auto several = [](const auto& timed) {
-        return [&timed](int turn) {
-            for (int i = 0; i < calls; ++i) timed.forward(calls * turn + i), timed.backward(calls * turn + i);
-        };
+    const TimedLayer<MicroBatchLoss> micro(of, device, {}, false, synchronized.memory());
+    // And with another of the same: what this way of measuring finds between equals.
+    const TimedLayer<MicroBatchLoss> equal(of, device, {}, false, synchronized.memory());
+    const auto busy_ms = [&](const auto& step, int turn) {
+        Timeline line;
+        step.forward(turn), step.backward(turn);
+        check(cudaStreamSynchronize(device.stream));
+        return busy(line.stop()) * 1e-3;
     };
-    const Turns both = time_in_turn(device.stream, 40, several(micro), several(synchronized));
-    const Spread cost = both.ratio;
-    std::printf("Synchronized over MicroBatch at T %lld, %s: %+.2f %% (quartiles %+.2f, %+.2f)\n",
-                static_cast<long long>(of.tokens), name, 100 * cost.median - 100, 100 * cost.low - 100,
-                100 * cost.high - 100);
+    std::vector<double> of_micro, ratios, of_equals;
+    for (int i = -2; i < 100; ++i) {
+        const double before = busy_ms(micro, i + 2), after = busy_ms(synchronized, i + 2),
+                     again = busy_ms(equal, i + 2);
+        if (i < 0) continue;
+        of_micro.push_back(before), ratios.push_back(2 * after / (before + again)), of_equals.push_back(again / before);
+    }
+    const Spread cost = spread_of(std::move(ratios)), of_none = spread_of(std::move(of_equals));
+    std::printf(
+        "Synchronized over MicroBatch at T %lld, %s: %+.2f %% (quartiles %+.2f, %+.2f); between equals %+.2f %%\n",
+        static_cast<long long>(of.tokens), name, 100 * cost.median - 100, 100 * cost.low - 100, 100 * cost.high - 100,
+        100 * of_none.median - 100);
     std::fflush(stdout);
-    return {{"tokens", of.tokens}, {"sum", name},           {"cost", cost.median - 1},
-            {"low", cost.low - 1}, {"high", cost.high - 1}, {"micro_ms", both.first_ms / calls}};
+    return {{"tokens", of.tokens},
+            {"sum", name},
+            {"cost", cost.median - 1},
+            {"low", cost.low - 1},
+            {"high", cost.high - 1},
+            {"between_equals", of_none.median - 1},
+            {"micro_ms", spread_of(std::move(of_micro)).median}};
 }
 json synchronized_costs(const Case& of, const Cuda& device) {
     json all;
@@ -228,10 +246,12 @@ int main(int argc, char** argv) try {
     CLI::App app("The layer on a GPU, in shares of what the GPU does in the same run.");
     bool quick = false, skip_rest = false, only_timeline = false;
     std::string filter = ".*", out, commit = "unknown";
+    index_t most_tokens = std::numeric_limits<index_t>::max();
     app.add_flag("--quick", quick, "Fewer numbers of tokens, uniform routing");
     app.add_flag("--cases-only", skip_rest, "Neither stages nor what synchronising costs");
     app.add_flag("--timeline", only_timeline, "When each kernel ran in one step, and nothing else");
     app.add_option("--filter", filter, "Cases whose names match");
+    app.add_option("--most-tokens", most_tokens, "Cases of at most so many tokens");
     app.add_option("--out", out, "Where the JSON goes");
     app.add_option("--commit", commit, "What was measured");
     CLI11_PARSE(app, argc, argv);
@@ -253,7 +273,7 @@ int main(int argc, char** argv) try {
     std::size_t free_bytes = 0, total = 0;
     const std::regex wanted(filter);
     for (const Case& of : cases(quick)) {
-        if (!std::regex_search(of.name, wanted)) continue;
+        if (!std::regex_search(of.name, wanted) || of.tokens > most_tokens) continue;
         check(cudaMemGetInfo(&free_bytes, &total));
         const double rows = static_cast<double>(of.tokens) * of.top_k, h = static_cast<double>(of.hidden),
                      d = static_cast<double>(of.width);
@@ -269,7 +289,10 @@ int main(int argc, char** argv) try {
     if (!skip_rest) {
         all["stages"].push_back(stages({"stages", 32768, 4096, 64, 128, 8}, device, limits));
         all["stages"].push_back(stages({"stages", 4096, 2048, 64, 128, 8}, device, limits));
-        all["synchronized"] = synchronized_costs({"synchronized", 16384, 2048, 768, 128, 8}, device);
+        if (!Timeline::available)
+            std::printf("what synchronising costs: skipped, built without CUPTI\n");
+        else
+            all["synchronized"] = synchronized_costs({"synchronized", 16384, 2048, 768, 128, 8}, device);
     }
     all["limits_after"] = {{"dense_flops", dense_rate(device)}, {"copy_bytes", copy_rate(device)}};
     if (!out.empty()) std::ofstream(out) << all.dump(1) << '\n';

@@ -28,6 +28,8 @@ struct Interval {
 /// Records what the GPU does from its construction to `stop`. One at a time.
 class Timeline {
 public:
+    static constexpr bool available = true;
+
     Timeline() {
         kept().clear();
         call(cuptiActivityRegisterCallbacks(give, take));
@@ -99,11 +101,23 @@ private:
 
 class Timeline {
 public:
+    static constexpr bool available = false;
+
     Timeline() { throw std::runtime_error("built without CUPTI: no timeline"); }
     std::vector<Interval> stop() { return {}; }
 };
 
 #endif
+
+/// Microseconds in which one of them at least was at work.
+inline double busy(const std::vector<Interval>& in_order) {
+    double sum = 0, until = 0;
+    for (const Interval& one : in_order) {
+        sum += std::max(0.0, one.end - std::max(one.begin, until));
+        until = std::max(until, one.end);
+    }
+    return sum;
+}
 
 /// A line for each: begin, end, duration in microseconds, stream, name. Streams are numbered in order of appearance.
 inline void print(const std::vector<Interval>& all) {

@@ -68,22 +68,6 @@ Spread time_calls(CUstream_st* stream, int repeats, Call&& call) {
     return spread_of(std::move(times));
 }
 
-/// Two calls in turn: the first's median, and how the second compares with the one before it.
-struct Turns {
-    double first_ms = 0;
-    Spread ratio;
-};
-template <class First, class Second>
-Turns time_in_turn(CUstream_st* stream, int repeats, First&& first, Second&& second) {
-    const Stopwatch time(stream);
-    std::vector<double> of_first, ratios;
-    for (int i = -2; i < repeats; ++i) {
-        const double before = time([&] { first(i + 2); }), after = time([&] { second(i + 2); });
-        if (i >= 0) of_first.push_back(before), ratios.push_back(after / before);
-    }
-    return {spread_of(std::move(of_first)).median, spread_of(std::move(ratios))};
-}
-
 /// Random bf16 numbers, normal, a megabyte of them again and again: never zeros, on which a GPU draws less power and
 /// runs faster.
 inline void fill_random(const steelyard::CudaBytes& bytes, float spread, unsigned seed) {

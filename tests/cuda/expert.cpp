@@ -168,29 +168,50 @@ void compare(const Case& c, CudaExperts experts) {
         std::vector<Host<T>> tensors;
         std::vector<Host<G>> weights;
     };
-    const auto once = [&] {
+    enum class Grads { given, zero, replaced };
+    const auto once = [&](Grads from) {
         const Tensor<T> k_gate(run.most, c.hidden), k_up(run.most, c.hidden), out(run.most, c.width),
             w_gate(run.most, c.hidden), w_up(run.most, c.hidden), w_inner(run.most, c.hidden),
             d_rows(run.most, c.width);
-        const Tensor<T> d_gate(run.dgate), d_up(run.dup), d_down(run.ddown), d_gb(run.dgate_bias), d_ub(run.dup_bias),
-            d_db(run.ddown_bias);
+        const auto begun = [from](const Host<T>& given) {
+            if (from == Grads::given) return Tensor<T>(given);
+            if (from == Grads::zero) return Tensor<T>(Host<T>(given.rows, given.columns));
+            return Tensor<T>(given.rows, given.columns);  // poison
+        };
+        const Tensor<T> d_gate = begun(run.dgate), d_up = begun(run.dup), d_down = begun(run.ddown),
+                        d_gb = begun(run.dgate_bias), d_ub = begun(run.dup_bias), d_db = begun(run.ddown_bias);
+        auto grads_there = far_bundle(d_gate, d_up, d_down, d_gb, d_ub, d_db, T{});
+        if (from == Grads::replaced) grads_there.write = Write::assign;
         const Tensor<G> d_weight(run.dweight);
         const CudaBytes room = gpu::scratch(expert_ops<Cuda>::scratch_bytes<T>(device, run.most, c.width, c.hidden));
         const FfnKept<T, CudaSpace> kept{if_gated(k_gate.get()), k_up.get()};
         expert_ops<Cuda>::ffn_forward<T>(device, c.function, far_weights, far_x.get(), plan, kept, out.get(),
                                          room.data());
-        expert_ops<Cuda>::ffn_backward<T>(
-            device, c.function, far_weights, far_x.get(), plan, FfnKept<const T, CudaSpace>{kept.gate, kept.up},
-            far_weight.get(), far_dy.get(), {if_gated(w_gate.get()), w_up.get(), w_inner.get()}, d_rows.get(),
-            d_weight.get(), far_bundle(d_gate, d_up, d_down, d_gb, d_ub, d_db, T{}), room.data());
+        expert_ops<Cuda>::ffn_backward<T>(device, c.function, far_weights, far_x.get(), plan,
+                                          FfnKept<const T, CudaSpace>{kept.gate, kept.up}, far_weight.get(),
+                                          far_dy.get(), {if_gated(w_gate.get()), w_up.get(), w_inner.get()},
+                                          d_rows.get(), d_weight.get(), grads_there, room.data());
         gpu::finish();
         return Outputs{{k_gate.host(), k_up.host(), out.host(), d_rows.host(), d_gate.host(), d_up.host(),
                         d_down.host(), d_gb.host(), d_ub.host(), d_db.host()},
                        {d_weight.host()}};
     };
-    const Outputs first = once(), again = once();
+    const Outputs first = once(Grads::given), again = once(Grads::given);
     for (std::size_t i = 0; i < first.tensors.size(); ++i) CHECK(first.tensors[i].same(again.tensors[i]));
     CHECK(first.weights[0].same(again.weights[0]));
+    // Gradients that replace what was there are those that were added to nothing.
+    const Outputs added = once(Grads::zero), replaced = once(Grads::replaced);
+    for (std::size_t i = 4; i < added.tensors.size(); ++i) {
+        const Host<T>&a = added.tensors[i], &b = replaced.tensors[i];
+        const bool has_bias = c.bias && (i != 7 || c.gated), used = i < 7 ? i != 4 || c.gated : has_bias;
+        for (index_t j = 0; used && j < a.rows * a.columns; ++j)
+            if (number(a.data[static_cast<std::size_t>(j)]) != number(b.data[static_cast<std::size_t>(j)])) {
+                CAPTURE(i);
+                CAPTURE(j);
+                FAIL_CHECK("a gradient that replaces");
+                break;
+            }
+    }
 
     const auto& got = first.tensors;
     if (c.gated) near("kept gate", got[0], kept_gate, run.filled, tolerance);

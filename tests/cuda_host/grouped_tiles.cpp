@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <random>
 #include <vector>
 
 using namespace steelyard;
@@ -91,11 +92,34 @@ TEST_CASE("tiles of an expert are counted from its rows") {
 
 TEST_CASE("a walk passes over experts without tiles") {
     const int first[] = {0, 0, 4, 4, 4, 5, 9, 9};
-    TileWalk walk{first};
+    TileWalk walk(first, 7);
     std::vector<int> experts;
     for (int index = 0; index < 9; index += 2) {
         walk.seek(index);
         experts.push_back(walk.expert);
     }
     CHECK(experts == std::vector<int>{1, 1, 4, 5, 5});
+}
+
+TEST_CASE("a walk finds the expert of every tile, however far it is") {
+    std::mt19937 generator(3);
+    for (const int experts : {1, 2, 3, 160, 512})
+        for (const int every : {1, 7, 300}) {  // one expert in so many has tiles
+            std::vector<int> first(static_cast<std::size_t>(experts) + 1), owner;
+            for (int e = 0; e < experts; ++e) {
+                const int tiles =
+                    generator() % static_cast<unsigned>(every) == 0 ? static_cast<int>(generator() % 5) : 0;
+                first[static_cast<std::size_t>(e) + 1] = first[static_cast<std::size_t>(e)] + tiles;
+                owner.insert(owner.end(), static_cast<std::size_t>(tiles), e);
+            }
+            for (const std::size_t stride : {1, 4, 131}) {
+                TileWalk walk(first.data(), experts);
+                bool right = true;
+                for (std::size_t index = 0; index < owner.size(); index += stride) {
+                    walk.seek(static_cast<int>(index));
+                    right = right && walk.expert == owner[index];
+                }
+                CHECK(right);
+            }
+        }
 }

@@ -3,6 +3,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "support/finite_differences.hpp"
@@ -82,6 +85,17 @@ void check_gradients(const typename LayerT::Config& config, const GradientCase& 
     CHECK(difference_error(batch.prior, dprior, loss) <= 1e-6);
     CHECK(refused == 0);
     CHECK(other_choices == 0);
+
+    // Gradients that replace what was there are those that were added to nothing, whatever was there.
+    const std::vector<double> added(rig.grad_values().begin(), rig.grad_values().end());
+    rig.layer.each_param(rig.grads, [](const std::string&, auto tensor) {
+        std::fill_n(tensor.data, tensor.size(), std::numeric_limits<double>::quiet_NaN());
+    });
+    rig.write_grads = Write::assign;
+    rig.restore(past);
+    REQUIRE(rig.forward(batch).message() == "ok");
+    REQUIRE(rig.backward(batch).message() == "ok");
+    CHECK(std::equal(added.begin(), added.end(), rig.grad_values().begin()));
 }
 
 }  // namespace steelyard::testing

@@ -62,6 +62,7 @@ Told on_cpu(const BalanceT& balance, const CommT& comm, bool masked) {
                 REQUIRE(rig.layer.conclude(stack, static_cast<index_t>(l), rig.context, rig.workspace, rig.state).ok());
                 one.record = bytes_of_tensors(rig.record(), balance, shape);
                 one.loss = rig.balance_loss();
+                rig.write_grads = call.write_grads;
                 REQUIRE(rig.backward(call.batch).ok());
                 one.dx.assign(rig.dx.data(), rig.dx.data() + call.batch.x.size());
             }

@@ -45,6 +45,7 @@ struct Call {
     Batch<float> batch;
     Mode mode = Mode::train;
     bool backward = true;
+    Write write_grads = Write::add;
 };
 
 /// Two micro-steps, the second replayed, and an evaluation. Every rank has tokens of its own.
@@ -62,7 +63,8 @@ inline std::vector<Call> script_of(std::int64_t step, int rank, bool masked) {
         batch.ids.resize(static_cast<std::size_t>(batch.tokens()));
         for (std::size_t t = 0; t < batch.ids.size(); ++t) batch.ids[t] = static_cast<std::int32_t>(t % 2);
         batch.dlogits.assign(static_cast<std::size_t>(batch.tokens() * shape.experts), m == 1 ? 0.25f : 0.0f);
-        calls.push_back({batch});
+        // The second step's gradients replace the first's.
+        calls.push_back({.batch = batch, .write_grads = step > 0 && calls.empty() ? Write::assign : Write::add});
     }
     calls.push_back({calls[0].batch, Mode::evaluate, false});
     return calls;
@@ -140,7 +142,8 @@ public:
                                .grads = grads_,
                                .context = c.context,
                                .workspace = workspace_,
-                               .dlogits = c.dlogits});
+                               .dlogits = c.dlogits,
+                               .write_grads = c.call.write_grads});
     }
     Status call(const Call& of, index_t again = -1) {
         if (Status s = forward(of, nullptr, 0, again); !s || !of.backward) return s;

@@ -95,7 +95,8 @@ public:
                 .workspace = workspace,
                 .prior = batch.of_experts(batch.prior),
                 .dprior = prior_gradient(batch),
-                .dlogits = batch.of_experts(batch.dlogits)};
+                .dlogits = batch.of_experts(batch.dlogits),
+                .write_grads = write_grads};
     }
 
     Status forward(const Comm& comm, const Batch<T>& batch, Mode mode = Mode::train) {
@@ -137,6 +138,7 @@ public:
     Layer layer;
     Bytes param_memory, grad_memory, state, context, workspace;
     typename Layer::Params params, grads;
+    Write write_grads = Write::add;
     std::vector<T> y, dx;   // [T, d]
     std::vector<T> dprior;  // [T, E]  where the batch has a prior
 

@@ -1,6 +1,9 @@
 // Backward of feed-forward experts on the CPU.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "steelyard/cpu/ffn_pass.hpp"
 
 namespace steelyard::cpu::detail::expert {
@@ -94,6 +97,12 @@ private:
             const index_t e = task / blocks, block = task % blocks;
             const index_t first = plan_.offsets[e], n = plan_.offsets[e + 1] - first;
             const index_t parts = (n + gathered_rows - 1) / gathered_rows;
+            if (grads.write == Write::assign) {
+                if (block < up_blocks)
+                    clear(e, block, hidden_, {&grads.gate, &grads.up}, {&grads.gate_bias, &grads.up_bias});
+                else
+                    clear(e, block - up_blocks, width_, {&grads.down}, {&grads.down_bias});
+            }
             for (index_t i = 0; i < parts; ++i) {
                 const index_t r0 = first + n * i / parts, r1 = first + n * (i + 1) / parts;
                 if (block < up_blocks)
@@ -110,6 +119,16 @@ private:
         constexpr index_t unit = 48;
         const index_t units = (rows + unit - 1) / unit;
         return std::min(rows, units * block / blocks_of(rows) * unit);
+    }
+
+    /// Gradients (=) of the rows of one block: 0, in the caches, where they will be added to.
+    static void clear(index_t e, index_t block, index_t rows, std::initializer_list<const view<T, 3>*> weights,
+                      std::initializer_list<const view<T, 2>*> biases) {
+        const index_t i0 = block_begin(rows, block), i1 = block_begin(rows, block + 1);
+        for (const view<T, 3>* of : weights)
+            for (index_t i = i0; of->present() && i < i1; ++i) std::fill_n(&(*of)(e, i, 0), of->extents[2], T(0));
+        for (const view<T, 2>* of : biases)
+            if (of->present()) std::fill(&(*of)(e, i0), &(*of)(e, i0) + (i1 - i0), T(0));
     }
 
     void add_up(index_t e, index_t block, index_t r0, index_t r1, view<const T, 2> x, const FfnGradRows<T>& grad_rows,

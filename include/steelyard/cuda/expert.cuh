@@ -8,6 +8,7 @@
 #include "steelyard/cuda/expert.hpp"
 #include "steelyard/cuda/expert_grouped.cuh"
 #include "steelyard/cuda/expert_looped.cuh"
+#include "steelyard/cuda/memory.hpp"
 
 namespace steelyard {
 
@@ -37,6 +38,16 @@ bool is_grouped(const Cuda& device, const FfnWeights<const T, CudaSpace>& weight
         throw Error(Status::refuse(Code::invalid_argument, "experts", "device.experts",
                                    "looped or automatic, or what the grouped kernels can do", obstacle));
     return obstacle == nullptr;
+}
+
+/// Gradients that replace what is there, to be added to: 0.
+template <class T>
+void clear_gradients(const Cuda& device, const FfnWeights<T, CudaSpace>& grads) {
+    const auto clear = [&](const auto& tensor) {
+        if (tensor.present()) fill_rows(device, rows_of(tensor), 0, sizeof(T));
+    };
+    clear(grads.gate), clear(grads.up), clear(grads.down);
+    clear(grads.gate_bias), clear(grads.up_bias), clear(grads.down_bias);
 }
 
 }  // namespace cuda
@@ -81,7 +92,8 @@ void expert_ops<Cuda>::ffn_backward(const Cuda& device, const FfnFunction& funct
                                     const FfnGradRows<T, CudaSpace>& grad_rows, view<T, 2, CudaSpace> drows,
                                     view<gate_t<T>, 2, CudaSpace> dweight, const FfnWeights<T, CudaSpace>& grads,
                                     std::byte* scratch) {
-    if (plan.choice.extents[0] == 0) return;
+    const bool replaces = grads.write == Write::assign;
+    if (plan.choice.extents[0] == 0) return replaces ? cuda::clear_gradients(device, grads) : void();
     using cuda::GroupedFfn;
     if (cuda::is_grouped<T>(device, weights,
                             {GroupedFfn::fits(x), GroupedFfn::fits(kept.gate), GroupedFfn::fits(kept.up),
@@ -92,6 +104,7 @@ void expert_ops<Cuda>::ffn_backward(const Cuda& device, const FfnFunction& funct
             GroupedFfn(device, function, weights, x, plan)
                 .backward(kept, weight, dy, grad_rows, drows, dweight, grads, scratch);
     } else {
+        if (replaces) cuda::clear_gradients(device, grads);
         cuda::LoopedFfn<T>(device, function, weights, x, plan, scratch)
             .backward(kept, weight, dy, grad_rows, drows, dweight, grads);
     }

@@ -145,7 +145,9 @@ public:
             check_call(cudaGetLastError(), "add_weight_parts");
         }
         if (drows.present()) input_gradient(grad_rows, drows);
-        weight_gradients(dy, grad_rows, grads);
+        if (grads.write == Write::add) return weight_gradients<Write::add>(dy, grad_rows, grads);
+        weight_gradients<Write::assign>(dy, grad_rows, grads);
+        clear_idle(grads);
     }
 
 private:
@@ -240,7 +242,8 @@ private:
         launch<Bring::rows, Bring::weights_turned>(maps, of, FinishRows{{}, out(drows), width_});
     }
 
-    /// dG += dgate^T x, dU += dup^T x, dD += dy^T inner.
+    /// dG, dU, dD (+= or =) dgate^T x, dup^T x, dy^T inner.
+    template <Write write>
     void weight_gradients(view<const bf16, 2, Space> dy, const FfnGradRows<bf16, Space>& from,
                           const FfnWeights<bf16, Space>& grads) const {
         const bool first = function_.gated && grads.gate.present(), second = grads.up.present();
@@ -255,7 +258,7 @@ private:
             add_to(maps, head, tail);
             GroupedProduct of = sum_over_rows(width_, hidden_, first && second ? 2 : 1);
             gather(of, x_);
-            launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAddTurned{});
+            launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishGradientTurned<write>{});
         }
         if (grads.down.present()) {
             ProductMaps maps{};
@@ -264,8 +267,22 @@ private:
             add_to(maps, grads.down, grads.down);
             GroupedProduct of = sum_over_rows(width_, hidden_, 1);
             gather(of, dy);
-            launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishAdd{});
+            launch_large<Bring::gathered_turned, Bring::rows_turned>(maps, of, FinishGradient<write>{});
         }
+    }
+    void clear_idle(const FfnWeights<bf16, Space>& grads) const {
+        IdleGradients of{};
+        of.offsets = plan_.offsets.data;
+        unsigned count = 0;
+        for (const auto* to : {&grads.gate, &grads.up, &grads.down})
+            if (to->present())
+                of.tensors[count++] = {to->data, to->strides[0], to->strides[1], static_cast<int>(to->extents[1]),
+                                       static_cast<int>(to->extents[2])};
+        if (count == 0) return;
+        constexpr unsigned blocks_of_one = 16;
+        clear_idle_gradients<<<dim3(blocks_of_one, static_cast<unsigned>(experts()), count), 256, 0, device_.stream>>>(
+            of);
+        check_call(cudaGetLastError(), "clear_idle_gradients");
     }
     static void add_to(ProductMaps& maps, const view<bf16, 3, Space>& head, const view<bf16, 3, Space>& tail) {
         maps.extra[0] = maker().weights(head, 128);

@@ -60,12 +60,21 @@ constexpr TilePlace place_in_pair(int index, int which, int m_tiles, int n_tiles
 
 /// Walks over the tiles of all experts, an ascending number at a time. `first` [E + 1] are the experts' first tiles.
 struct TileWalk {
-    const int* first = nullptr;
+    const int* first;
+    int experts;
     int expert = 0;
 
-    /// Moves on to the expert of tile `index`, which is below first[E] and not below that of the call before.
+    constexpr TileWalk(const int* first_tiles, int of_experts) : first(first_tiles), experts(of_experts) {}
+
+    /// Moves on to the expert of tile `index`, which is below first[E] and not below that of the call before. In steps
+    /// that double: most often it is the next one, but few tokens leave most experts without a tile.
     constexpr void seek(int index) {
-        while (first[expert + 1] <= index) ++expert;
+        if (first[expert + 1] > index) return;
+        ++expert;
+        int step = 1;
+        for (; expert + step <= experts && first[expert + step] <= index; step *= 2) expert += step;
+        for (step /= 2; step > 0; step /= 2)
+            if (expert + step <= experts && first[expert + step] <= index) expert += step;
     }
 };
 

@@ -61,7 +61,9 @@ concept HasBundles = requires(const X& expert, const LayerShape& shape, index_t 
 ///    w = weight[t,k], or 1 where weights are absent:
 ///      - drows[r] = w dy[t] df_e/dx (x[t]), the gradient of the gathered row, for the caller to bring together;
 ///      - dweight[t,k] += <dy[t], f_e(x[t])>;
-///      - grads += w dy[t] df_e/dparams, over the rows of each expert. A member that is absent is frozen.
+///      - grads += w dy[t] df_e/dparams, over the rows of each expert. A member that is absent is frozen. Where
+///        `Params` has a member `Write write`, grads.write may be Write::assign: then grads = that sum, whatever was
+///        there. A layer clears the gradients of other experts itself.
 /// 7. Rows at and beyond n, and rows below plan.offsets[0] (0 for a layer's plan, more for a part of one), are neither
 ///    read nor written. An expert without rows reads none of its weights and gets exactly no gradient.
 /// 8. f_e sees one row at a time: what a row gives does not depend on the other rows, nor on their order.

@@ -71,6 +71,9 @@ struct FeedForward {
         view<T, 2, Space> gate_bias = {};  // [E, h]     where gated, or [0, h]
         /// No parameter: a copy of the matrices that `pack` made, which forward reads instead of them, or absent.
         view<const std::byte, 1, Space> packed = {};
+        /// Of gradients: whether backward adds to what is there or replaces it. A layer sets it: see
+        /// BackwardArgs::write_grads.
+        Write write = Write::add;
 
         template <class Field>
         void fields(Field&& field, const FeedForward& expert, const LayerShape& shape) {
@@ -193,7 +196,7 @@ struct FeedForward {
                   std::type_identity_t<view<const T, 2, Space>> dy,                           // [T, d]
                   const Work<T, Space>& work, std::type_identity_t<view<T, 2, Space>> drows,  // [N, d] (=)
                   std::type_identity_t<view<gate_t<T>, 2, Space>> dweight,                    // [T, K] (+=), or absent
-                  const Params<T, Space>& grads,  // (+=), absent members are frozen
+                  const Params<T, Space>& grads,  // (+=), or by its `write`; absent members are frozen
                   std::byte* scratch) const {
         expert_ops<Device>::template ffn_backward<T>(
             device, activation, weights<const T>(params), x, plan, FfnKept<const T, Space>{kept.gate, kept.up}, weight,
@@ -211,6 +214,7 @@ private:
         if (params.down_bias.size() != 0) w.down_bias = params.down_bias;
         if (params.gate_bias.size() != 0) w.gate_bias = params.gate_bias;
         w.packed = params.packed;
+        w.write = params.write;
         return w;
     }
 };

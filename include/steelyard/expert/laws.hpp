@@ -241,12 +241,30 @@ Status check_expert_laws(const X& expert, const LayerShape& shape, const Device&
     };
     if (Status s = accumulates("grads", grad, grad_again); !s) return s;
     if (Status s = accumulates("dweight", dweight, dweight_again); !s) return s;
+    Status status;
+    if constexpr (requires(Grads grads) { grads.write; }) {
+        Block replaced(grad_bytes);
+        replaced.fill(nan);
+        auto grads = place<Grads>(replaced.bytes(), expert, shape), sums = place<Grads>(grad.bytes(), expert, shape);
+        grads.write = Write::assign;
+        batch.backward(kept, true, batch.matrix(drows_again, capacity), {}, grads);
+        for_each_tensor(
+            sums,
+            [&](const std::string& name, auto tensor) {
+                for (index_t i = 0; i < tensor.size(); ++i)
+                    if (const double came = replaced.numbers()[tensor.data - grad.numbers() + i];
+                        came != tensor.data[i] && status)
+                        status = broken("law 6, gradient of " + name + " that replaces what was there",
+                                        std::to_string(tensor.data[i]), std::to_string(came));
+            },
+            expert, shape);
+        if (!status) return status;
+    }
     drows_again.fill(nan);
     batch.backward(kept, true, batch.matrix(drows_again, capacity), {}, Grads{});
     if (!drows.same_bits(drows_again))
         return broken("law 6, backward with frozen weights and no dweight", "the same drows", "others");
 
-    Status status;
     of_empty_expert(grad, [&](const std::string& name, double& value) {
         if (value != 0.0 && status)
             status =

@@ -246,12 +246,15 @@ struct LayerTypes {
         Params<const T> params;
         view<const T, 2, Space> dy;  // [T, d]; [T, n d] for a mixture with n outputs
         view<T, 2, Space> dx;        // [T, d]  (=)
-        Params<T> grads;             //         (+=)  absent tensors are frozen
+        Params<T> grads;             //         (+=, or by write_grads)  absent tensors are frozen
         Block context, workspace;
         view<const gate_t<T>, 2, Space> prior = {};  // [T, E]  the same values as in forward
         view<gate_t<T>, 2, Space> dprior = {};       // [T, E]  (+=), or absent
         view<const gate_t<T>, 2, Space> dlogits =
             {};  // [T, E]  gradient by this layer's logits, from the layer after; or absent
+        /// Write::assign: gradients replace what is there, which need not be zeroed and is not read. For the first
+        /// micro-step, or the only one.
+        Write write_grads = Write::add;
     };
 };
 

@@ -158,10 +158,12 @@ public:
         return {};
     }
 
-    /// dx (=) and grads (+=): of the outputs' loss through dy, and of this call's balance loss. Uses the context up: a
-    /// second backward needs a forward of its own, which as a replay counts nothing twice.
-    Status backward(const BackwardArgs& args) const {
-        if (Status s = this->check_backward(args); !s) return s;
+    /// dx (=) and grads (+=, or = with `write_grads`): of the outputs' loss through dy, and of this call's balance
+    /// loss. Uses the context up: a second backward needs a forward of its own, which as a replay counts nothing twice.
+    Status backward(const BackwardArgs& given) const {
+        if (Status s = this->check_backward(given); !s) return s;
+        BackwardArgs args = given;
+        args.grads = this->begin_gradients(given);
         const auto context = place<Context>(args.context.data(), dims_);
         const auto workspace = place<Workspace>(args.workspace.data(), dims_);
         const index_t count = context.call[0].tokens;

@@ -156,10 +156,12 @@ public:
         return {};
     }
 
-    /// Enqueues dx (=) and grads (+=): of the outputs' loss through dy, and of this call's balance loss. Uses the
-    /// context up.
-    Status backward(const BackwardArgs& args) const {
-        if (Status s = this->check_backward(args); !s) return s;
+    /// Enqueues dx (=) and grads (+=, or = with `write_grads`): of the outputs' loss through dy, and of this call's
+    /// balance loss. Uses the context up.
+    Status backward(const BackwardArgs& given) const {
+        if (Status s = this->check_backward(given); !s) return s;
+        BackwardArgs args = given;
+        args.grads = this->begin_gradients(given);
         const auto host = place<HostContext>(args.context.host.data(), dims_);
         const auto context = place<Context>(args.context.device.data(), dims_);
         const auto workspace = place<DeviceWorkspace>(args.workspace.device.data(), dims_, config_.device).main;

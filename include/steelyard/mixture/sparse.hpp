@@ -145,6 +145,10 @@ public:
         Plans::template combine<T>(config_.device, plan(context, tokens), rows, weight(context, tokens), y, write);
     }
 
+    /// Tells the experts' gradients to replace what is there, where experts can do that.
+    template <class Grads>
+        requires requires(Grads grads) { grads.write; }
+    void replace_gradients(Grads& grads) const { grads.write = Write::assign; }
     void backward(const Call& call, const Context& context, const Workspace& workspace,
                   view<const T, 2, Space> dy,         // [T, d]
                   view<T, 2, Space> dx, Write write,  // [T, d]

@@ -80,6 +80,9 @@ struct FfnWeights {
     view<T, 2, Space> gate_bias = {};  // [E, h]
     /// A packed copy that is read instead of the matrices, which may then be absent if it serves; or absent.
     view<const std::byte, 1, Space> packed = {};
+    /// Of gradients: whether they are added to what is there, or replace it; then nothing that was there is read, and
+    /// an expert without rows gets zeros.
+    Write write = Write::add;
 };
 
 /// Pre-activations of the grouped rows: what backward needs beside x, kept or recomputed.
@@ -151,7 +154,8 @@ struct BlendWeights {
 ///      Gathers the rows of each expert from x through the plan; writes the pre-activations to `kept`, and, where
 ///      `rows` is present, each row's output (without its combine weight).
 ///  void ffn_backward<T>(device, function, weights, x[T,d], plan, kept, combine weight[T,K] or absent (1),
-///                       dy[T,d], grad_rows (=), drows[N,d] (=), dweight[T,K] (+=) or absent, grads (+=), scratch)
+///                       dy[T,d], grad_rows (=), drows[N,d] (=), dweight[T,K] (+=) or absent,
+///                       grads (+=, or = with grads.write), scratch)
 ///      For row r = (t, k): the output's gradient is weight[t,k] * dy[t]; dweight[t,k] += <dy[t], output[r]>,
 ///      computed as <down^T dy[t], act> + <dy[t], b_down>, so that no output is kept. drows is the gradient of the
 ///      gathered input row, to be brought together by plan_ops::combine with absent weights. `grads` members that

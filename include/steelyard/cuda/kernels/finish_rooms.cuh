@@ -25,11 +25,12 @@ __device__ inline float2 unpack_bf16(std::uint32_t pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-/// pairs (+=) the eight sums that lie with them.
-__device__ inline void add_to_pairs(std::uint32_t (&pairs)[4], const float* sums) {
+/// pairs (+= or =) the eight sums that lie with them.
+template <Write write>
+__device__ void write_pairs(std::uint32_t (&pairs)[4], const float* sums) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-        const float2 old = unpack_bf16(pairs[q]);
+        const float2 old = write == Write::add ? unpack_bf16(pairs[q]) : float2{};
         pairs[q] = pack_bf16(old.x + sums[2 * q], old.y + sums[2 * q + 1]);
     }
 }

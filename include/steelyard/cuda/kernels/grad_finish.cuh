@@ -1,4 +1,5 @@
-// What a grouped product does with its sums, where these are gradients of weights: they are added.
+// What a grouped product does with its sums, where these are gradients of weights: they are added to what is there, or
+// replace it.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +9,25 @@
 
 namespace steelyard::cuda {
 
-/// Gradients of weights (+=), [E, m, n]. Map `out`, of 16 rows, and map `extra`, of 128, are the same tensor.
-struct FinishAdd {
+/// Gradients of weights (+= or =), [E, m, n]. Map `out`, of 16 rows, and map `extra`, of 128, are the same tensor.
+template <Write write>
+struct FinishGradient {
     static constexpr int warps_of_store = 1;
     /// What is added to, and leaves from the same place: 128 columns at a time, in two boxes.
     template <class Block>
     static constexpr int extra_steps = Block::columns / 128;
     template <class Block>
     static constexpr int extra_bytes() {
-        return 2 * Block::rows * 128;
+        return write == Write::add ? 2 * Block::rows * 128 : 0;
     }
     template <class Block, class Tile>
     __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
                                  std::uint32_t full) {
         constexpr int rows = Block::rows;
-        for (int box = 0; box < 2; ++box)
-            hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full,
-                             tile.n * Block::columns + 128 * step + 64 * box, tile.m * rows, tile.expert);
+        if constexpr (write == Write::add)
+            for (int box = 0; box < 2; ++box)
+                hopper::copy_box(to + box * rows * 128, maps.extra[tile.matrix], full,
+                                 tile.n * Block::columns + 128 * step + 64 * box, tile.m * rows, tile.expert);
     }
 
     template <class Steps>
@@ -40,8 +43,8 @@ struct FinishAdd {
                 for (int j = 0; j < 4; ++j) {
                     const std::uint32_t at = detail::matrices_at(rooms + c * Block::rows * 128, steps.lane, j);
                     std::uint32_t pairs[4];
-                    hopper::load_matrices(at, pairs);
-                    detail::add_to_pairs(pairs, &d[64 * step + 32 * c + 8 * j]);
+                    if constexpr (write == Write::add) hopper::load_matrices(at, pairs);
+                    detail::write_pairs<write>(pairs, &d[64 * step + 32 * c + 8 * j]);
                     hopper::store_matrices(at, pairs);
                 }
             hopper::publish_shared();
@@ -58,9 +61,10 @@ struct FinishAdd {
     }
 };
 
-/// Gradients of weights (+=), [E, n, m]: sums lie turned in them. Of one matrix, or of two beside each other. Map
+/// Gradients of weights (+= or =), [E, n, m]: sums lie turned in them. Of one matrix, or of two beside each other. Map
 /// `extra`, of 128 rows, is the tensor; it is read and written by it.
-struct FinishAddTurned {
+template <Write write>
+struct FinishGradientTurned {
     /// A warp's sums are 16 columns of 256 rows here: narrow for a store, so that the four of a warpgroup store
     /// together.
     static constexpr int warps_of_store = 4;
@@ -70,14 +74,15 @@ struct FinishAddTurned {
     static constexpr int extra_steps = Block::columns / 128;
     template <class Block>
     static constexpr int extra_bytes() {
-        return Block::multipliers * box_bytes;
+        return write == Write::add ? Block::multipliers * box_bytes : 0;
     }
     template <class Block, class Tile>
     __device__ static void bring(const ProductMaps& maps, const Tile& tile, int step, std::uint32_t to,
                                  std::uint32_t full) {
-        for (int box = 0; box < Block::multipliers; ++box)
-            hopper::copy_box(to + box * box_bytes, maps.extra[tile.matrix], full, tile.m * Block::rows + 64 * box,
-                             tile.n * Block::columns + 128 * step, tile.expert);
+        if constexpr (write == Write::add)
+            for (int box = 0; box < Block::multipliers; ++box)
+                hopper::copy_box(to + box * box_bytes, maps.extra[tile.matrix], full, tile.m * Block::rows + 64 * box,
+                                 tile.n * Block::columns + 128 * step, tile.expert);
     }
 
     template <class Steps>
@@ -95,8 +100,8 @@ struct FinishAddTurned {
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 std::uint32_t pairs[4];
-                hopper::load_matrices_turned(box + j * 2048 + within, pairs);
-                detail::add_to_pairs(pairs, &d[64 * step + 8 * j]);
+                if constexpr (write == Write::add) hopper::load_matrices_turned(box + j * 2048 + within, pairs);
+                detail::write_pairs<write>(pairs, &d[64 * step + 8 * j]);
                 hopper::store_matrices_turned(box + j * 2048 + within, pairs);
             }
             hopper::publish_shared();
@@ -114,6 +119,28 @@ struct FinishAddTurned {
 private:
     static constexpr int box_bytes = 128 * 128;  // 128 rows of 64
 };
+
+/// Gradients (=) of an expert without rows, of which no product is told: 0. Tensors [E, rows, columns].
+struct IdleGradients {
+    struct Tensor {
+        bf16* data;
+        index_t expert_stride, row_stride;
+        int rows, columns;  // columns and strides are multiples of 8
+    };
+    Tensor tensors[3];
+    const index_t* offsets;  // [E + 1]
+};
+/// Blocks: x takes parts of a matrix, y counts experts, z tensors.
+__global__ void clear_idle_gradients(IdleGradients of) {
+    const int e = blockIdx.y;
+    if (of.offsets[e + 1] > of.offsets[e]) return;
+    const IdleGradients::Tensor& to = of.tensors[blockIdx.z];
+    const int chunks = to.columns / 8;
+    for (int row = blockIdx.x; row < to.rows; row += gridDim.x) {
+        auto* const line = reinterpret_cast<uint4*>(to.data + e * to.expert_stride + row * to.row_stride);
+        for (int i = threadIdx.x; i < chunks; i += blockDim.x) line[i] = uint4{};
+    }
+}
 
 /// dweight[t, k] += the parts of row r, in order of the columns, for every row of the plan.
 __global__ void add_weight_parts(const float* parts, int n_tiles, const index_t* offsets, int experts,

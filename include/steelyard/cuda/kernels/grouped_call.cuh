@@ -7,6 +7,7 @@
 #include "steelyard/core/bf16.hpp"
 #include "steelyard/cuda/grouped_tiles.hpp"
 #include "steelyard/cuda/kernels/hopper.cuh"
+#include "steelyard/cuda/kernels/warp.cuh"
 
 namespace steelyard::cuda {
 
@@ -100,24 +101,11 @@ struct ProductShared {
 template <bool pairs>
 __device__ void count_tiles(const GroupedProduct& of, int* first) {
     for (int e = threadIdx.x; e <= of.experts; e += blockDim.x) {
-        const index_t rows = e == 0 ? 0 : of.offsets[e] - of.offsets[e - 1];
-        first[e] = e == 0 ? 0 : pairs ? of.tiles.pairs(rows) : of.tiles(rows);
+        const index_t rows = e == of.experts ? 0 : of.offsets[e + 1] - of.offsets[e];
+        first[e] = pairs ? of.tiles.pairs(rows) : of.tiles(rows);
     }
     __syncthreads();
-    const int lane = threadIdx.x;
-    if (lane < 32) {
-        int before = 0;
-        for (int begin = 1; begin <= of.experts; begin += 32) {
-            const int e = begin + lane;
-            int sum = e <= of.experts ? first[e] : 0;
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(~0u, sum, step);
-                if (lane >= step) sum += other;
-            }
-            if (e <= of.experts) first[e] = before + sum;
-            before += __shfl_sync(~0u, sum, 31);
-        }
-    }
+    if (threadIdx.x < 32) sums_before(first, of.experts + 1);
     __syncthreads();
 }
 

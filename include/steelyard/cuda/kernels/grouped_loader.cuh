@@ -28,7 +28,7 @@ struct ProductLoader {
     __device__ std::uint32_t place_in_rows() const { return thread / 8 * 128 + ((thread % 8 ^ thread / 8 % 8) << 4); }
 
     __device__ void run(int total) {
-        TileWalk walk{shared.first()};
+        TileWalk walk(shared.first(), of.experts);
         for (int index = blockIdx.x / Block::cluster; index < total; index += gridDim.x / Block::cluster) {
             walk.seek(index);
             const Tile tile(of, walk, index, rank);

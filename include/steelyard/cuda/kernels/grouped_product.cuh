@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Block::threads, 1)
         const int own = warp / 4 - 1;  // which 64 rows
         constexpr bool a_by_k = !is_turned(a), b_by_k = !is_turned(b);
         float d[Block::sums];
-        TileWalk walk{shared.first()};
+        TileWalk walk(shared.first(), of.experts);
         int step_of_all = 0, held = -1;
         const FinishSteps<Block, Finish::warps_of_store> steps{
             shared, maps, step_of_all, held, hopper::shared_address(shared.chunk(warp - 4)), 64 * own + 16 * (warp % 4),

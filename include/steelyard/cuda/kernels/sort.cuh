@@ -67,25 +67,6 @@ __device__ inline void add_up_counts(const SortCall& call, std::int32_t* total, 
     }
 }
 
-/// values [n] become the sums of those before; returns the sum of all. By one warp.
-__device__ inline std::int32_t sums_before(std::int32_t* values, int n) {
-    const int lane = threadIdx.x % 32;
-    std::int32_t before = 0;
-    for (int begin = 0; begin < n; begin += 32) {
-        const int i = begin + lane;
-        const std::int32_t own = i < n ? values[i] : 0;
-        std::int32_t sum = own;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const std::int32_t other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (i < n) values[i] = before + sum - own;
-        before += __shfl_sync(~0u, sum, 31);
-    }
-    return before;
-}
-
 /// offsets, choice, row (=). A warp has a run of the block's choices: it counts them, learns where its rows of each
 /// expert begin, and places them 32 at a time, of which those of lower lanes come first.
 __global__ void place_choices(SortCall call) {

@@ -64,6 +64,25 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
+/// values [n] become the sums of those before; returns the sum of all. By one warp.
+__device__ inline std::int32_t sums_before(std::int32_t* values, int n) {
+    const int lane = threadIdx.x % 32;
+    std::int32_t before = 0;
+    for (int begin = 0; begin < n; begin += 32) {
+        const int i = begin + lane;
+        const std::int32_t own = i < n ? values[i] : 0;
+        std::int32_t sum = own;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const std::int32_t other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (i < n) values[i] = before + sum - own;
+        before += __shfl_sync(~0u, sum, 31);
+    }
+    return before;
+}
+
 /// The sum of one number of each of 256 threads, in a fixed order; in thread 0.
 template <class Number>
 __device__ Number sum_of_block(Number value) {
