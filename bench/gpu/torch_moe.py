@@ -84,7 +84,7 @@ def run(case):
     dy = torch.randn_like(x)
     result = dict(name=name, tokens=tokens, width=d, hidden=h, experts=experts, top_k=top_k, zipf=zipf)
     flops, repeats = 6 * tokens * top_k * h * d, 5 if tokens >= 4096 else 9
-    outputs = {}
+    outputs, alive = {}, True
     peers = {"loop": loop, "grouped_mm": grouped}
     if scattermoe is not None:
         peers["scattermoe"] = scatter
@@ -108,7 +108,10 @@ def run(case):
         except Exception as failure:  # one peer that cannot is no reason to lose the other
             result[peer] = dict(failed=str(failure)[:200])
             line = f"failed: {str(failure)[:80]}"
+            alive = still_works()
         print(f"{name:28s} T {tokens:5d} {'Zipf' if zipf else '    '} torch {peer:10s} {line}", flush=True)
+        if not alive:
+            return result, False
         for tensor in (x, weight, *own):
             tensor.grad = None
         own = None
@@ -117,7 +120,16 @@ def run(case):
         other = outputs.get("loop", output).float()
         off = (output.float() - other).norm() / other.norm()
         assert off < 2e-2, f"{peer} differs from the loop by {off}"
-    return result
+    return result, True
+
+
+def still_works():
+    """After some errors nothing works on the GPU any more in this process."""
+    try:
+        torch.cuda.synchronize()
+        return True
+    except Exception:
+        return False
 
 
 def main():
@@ -139,10 +151,14 @@ def main():
         if needed > 0.9 * torch.cuda.mem_get_info()[0]:
             print(f"{case[0]:28s} T {case[1]:5d} skipped: it needs some {needed / 1e9:.0f} GB", flush=True)
             continue
-        results.append(run(case))
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(dict(torch=torch.__version__, cases=results), file, indent=1)
+        result, alive = run(case)
+        results.append(result)
+        if options.out:  # each time: a peer may take the process with it
+            with open(options.out, "w") as file:
+                json.dump(dict(torch=torch.__version__, cases=results), file, indent=1)
+        if not alive:
+            print("a peer's error took the GPU from this process: the cases behind are left out", flush=True)
+            break
 
 
 if __name__ == "__main__":
