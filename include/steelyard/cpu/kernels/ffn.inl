@@ -96,8 +96,8 @@ void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
     multiply_panels(
         call.x, call.rows, call.hidden, first, last, call.block, call.room,
         [&](index_t panel, index_t count, T* block) { return part::start_with_bias(call, panel, count, block); },
-        [](index_t, index_t) { return Nothing{}; },
-        [&](index_t panel, index_t count, const T* block) {
+        [](const PanelGroup&) { return Nothing{}; },
+        [&](index_t panel, index_t count, const T* block, index_t) {
             with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
                 part::finish_hidden(function, call, panel, count, first_column, block);
             });
@@ -143,23 +143,30 @@ struct FfnBackward {
     T* inner = nullptr;              // [rows, h] (=)  times the combine weight
     bool inner_past_caches = false;  // inner is too much to be found in a cache again
     T* along = nullptr;              // [rows, lanes] (+=)  <down^T dout, a>, in lanes
-    T* block = nullptr;              // [max(rows, 8), panel_width]
+    T* block = nullptr;              // [max(rows, 8), ffn_backward_panels panels' columns]
     T* room = nullptr;               // pack_room elements
 };
 
+/// Panels that go through the activation together: with one, each of five tensors is read or written in pieces of 128
+/// bytes, row by row, which memory is slow at.
+inline constexpr index_t ffn_backward_panels = 2;
+
 namespace part {
 
-/// Brings what finish_backward reads and writes of one panel's columns nearer, for the rows of a tile: the products
-/// take long enough for it to come from memory.
+/// Brings what finish_backward reads and writes of a group's columns nearer, for the rows of a tile, each with one of
+/// the group's panels: the products take long enough for it to come from memory.
 template <class T>
 struct FinishAhead {
     const FfnBackward<T>& call;
-    index_t first, columns;
+    PanelGroup group;
 
     void operator()(index_t begin, index_t end) const {
         constexpr index_t line = 64 / static_cast<index_t>(sizeof(T));
-        for (index_t r = begin; r < end; ++r)
-            for (index_t j = first; j < std::min(call.down.columns, first + columns); j += line) {
+        const index_t first = group.panel * panel_width<T>,
+                      last = std::min(call.down.columns, first + group.count * panel_width<T>);
+        for (index_t r = begin; r < end; ++r) {
+            if (r % group.parts != group.part) continue;
+            for (index_t j = first; j < last; j += line) {
                 const index_t kept = r * call.kept.stride + j, grad = r * call.grad.stride + j;
                 __builtin_prefetch(call.kept.up + kept, 0, 2);
                 __builtin_prefetch(call.grad.up + grad, 1, 2);
@@ -168,6 +175,7 @@ struct FinishAhead {
                 __builtin_prefetch(call.kept.gate + kept, 0, 2);
                 __builtin_prefetch(call.grad.gate + grad, 1, 2);
             }
+        }
     }
 };
 
@@ -217,16 +225,16 @@ template <class T>
 void ffn_backward_hidden(const FfnBackward<T>& call) {
     constexpr index_t width = panel_width<T>;
     const Operand<T> dout{const_cast<T*>(call.dout), call.dout_row};  // only read
-    multiply_panels(
+    multiply_panels<ffn_backward_panels>(
         dout, call.rows, call.down, index_t{0}, call.down.panels(), call.block, call.room,
         [](index_t, index_t, T*) { return false; },
-        [&](index_t panel, index_t count) {
-            return part::FinishAhead<T>{call, panel * width, count * width};
+        [&](const PanelGroup& group) {
+            return part::FinishAhead<T>{call, group};
         },
-        [&](index_t panel, index_t count, const T* block) {
+        [&](index_t panel, index_t count, const T* block, index_t block_row) {
             with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& function) {
                 const index_t j0 = panel * width, j1 = std::min(call.down.columns, j0 + count * width);
-                part::finish_backward(function, call, j0, j1, block, count * width);
+                part::finish_backward(function, call, j0, j1, block, block_row);
             });
         });
     if (call.inner_past_caches) part::end_stream();

@@ -85,15 +85,22 @@ void multiply(const Product<T>& product) {
     multiply(product, index_t{0}, product.b.panels(), index_t{0}, product.b.words());
 }
 
+/// Panels whose sums are taken together. They are computed in `parts`, of which this is number `part`.
+struct PanelGroup {
+    index_t panel = 0, count = 0, parts = 1, part = 0;
+};
+
 /// a times panels [first, last) of b, a few panels at a time, whose sums [rows, columns of these panels] are used up
-/// while they are in the first-level cache:
+/// while they are in a cache:
 ///
-///     start(panel, count, sums)   writes what they begin with, or nothing where that is 0. Whether it wrote.
-///     before(panel, count)        what `tiles` calls ahead of each tile of the last block of the depth
-///     finish(panel, count, sums)  takes them
+///     start(panel, count, sums)      writes what they begin with, or nothing where that is 0. Whether it wrote: not
+///                                    where `side_by_side` is above 1.
+///     before(group)                  what `tiles` calls ahead of each tile of the last block of the depth
+///     finish(panel, count, sums, n)  takes them; n apart from row to row
 ///
-/// `sums` has room for max(rows, 8) rows of a panel's columns.
-template <class T, class Start, class Before, class Finish>
+/// `side_by_side`: as many panels are taken together where the depth is one block, so that finish has longer pieces of
+/// rows. `sums` has room for max(rows, 8) rows of their columns.
+template <index_t side_by_side = 1, class T, class Start, class Before, class Finish>
 void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index_t first, index_t last,
                      typename Format<T>::sum* sums, typename Format<T>::word* room, Start&& start, Before&& before,
                      Finish&& finish) {
@@ -101,19 +108,23 @@ void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index
     // Where the depth is cut, sums of several panels wait side by side for the next block of it.
     const bool whole = depth <= depth_block<T>;
     const index_t together = whole ? last - first : panels_at_once(rows);
+    const index_t side = whole && panels_at_once(rows) == 1 ? side_by_side : 1;
     for (index_t q0 = first; q0 < last; q0 += together)
         for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
             const index_t p1 = std::min(depth, p0 + depth_block<T>);
             for_panels(b, rows, q0, std::min(last, q0 + together), p0, p1, room,
                        [&](index_t q, index_t count, const auto* panels, index_t apart, const Ahead& ahead) {
-                           auto* const here = sums + (whole ? 0 : (q - q0) * rows * panel_width<T>);
+                           const index_t part = (q - first) % side, wide = std::max(side, count);
+                           const PanelGroup group{q - part, std::min(wide, last - (q - part)), side, part};
+                           auto* const all = sums + (whole ? 0 : (q - q0) * rows * panel_width<T>);
+                           auto* const here = all + part * panel_width<T>;
                            auto call = tile_of(a, p0, b, q, p0, panels, apart, p1 - p0);
                            call.c = here;
-                           call.c_row = count * panel_width<T>;
+                           call.c_row = wide * panel_width<T>;
                            call.add = p0 > 0 || start(q, count, here);
                            if (p1 < depth) return tiles(rows, count, call, ahead);
-                           tiles(rows, count, call, ahead, before(q, count));
-                           finish(q, count, here);
+                           tiles(rows, count, call, ahead, before(group));
+                           if (part + count == group.count) finish(group.panel, group.count, all, call.c_row);
                        });
         }
 }
