@@ -11,6 +11,7 @@
 #include "steelyard/comm/self.hpp"
 #include "steelyard/cpu/memory.hpp"
 #include "steelyard/layer/diagnose.hpp"
+#include "steelyard/layer/gradients.hpp"
 #include "steelyard/layer/stages.hpp"
 #include "steelyard/layer/unsound.hpp"
 
@@ -163,7 +164,8 @@ public:
     Status backward(const BackwardArgs& given) const {
         if (Status s = this->check_backward(given); !s) return s;
         BackwardArgs args = given;
-        args.grads = this->begin_gradients(given);
+        args.grads =
+            detail::begin_gradients<Types::Parts::has_shared>(config_.device, dims_, given.grads, given.write_grads);
         const auto context = place<Context>(args.context.data(), dims_);
         const auto workspace = place<Workspace>(args.workspace.data(), dims_);
         const index_t count = context.call[0].tokens;

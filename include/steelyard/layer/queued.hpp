@@ -8,6 +8,7 @@
 #include <span>
 #include <string_view>
 
+#include "steelyard/layer/gradients.hpp"
 #include "steelyard/layer/moe.hpp"
 #include "steelyard/layer/queued_stages.hpp"
 
@@ -161,7 +162,8 @@ public:
     Status backward(const BackwardArgs& given) const {
         if (Status s = this->check_backward(given); !s) return s;
         BackwardArgs args = given;
-        args.grads = this->begin_gradients(given);
+        args.grads =
+            detail::begin_gradients<Types::Parts::has_shared>(config_.device, dims_, given.grads, given.write_grads);
         const auto host = place<HostContext>(args.context.host.data(), dims_);
         const auto context = place<Context>(args.context.device.data(), dims_);
         const auto workspace = place<DeviceWorkspace>(args.workspace.device.data(), dims_, config_.device).main;

@@ -365,32 +365,6 @@ protected:
                                  Write::add);
     }
 
-    /// Where the call's gradients are added. With Write::assign: after they were cleared, but for those of experts
-    /// that replace what is there themselves.
-    [[nodiscard]] auto begin_gradients(const BackwardArgs& args) const {
-        auto grads = args.grads;
-        if (args.write_grads == Write::add) return grads;
-        const auto clear = [&](auto& bundle, const auto&... dims) {
-            for_each_tensor(
-                bundle,
-                [&](const std::string&, const auto& tensor) {
-                    if (tensor.size() != 0) memory_ops<typename Types::Device>::fill(config_.device, tensor, T(0));
-                },
-                dims...);
-        };
-        const auto begin = [&](const auto& mixture, auto& experts, auto& router) {
-            const auto& own = mixture.config();
-            if constexpr (requires { mixture.replace_gradients(experts); })
-                mixture.replace_gradients(experts);
-            else
-                clear(experts, own.expert, own.shape);
-            clear(router, own.router, own.shape);
-        };
-        begin(dims_.routed, grads.experts, grads.router);
-        if constexpr (Parts::has_shared) begin(dims_.shared, grads.shared, grads.shared_router);
-        return grads;
-    }
-
     /// dx (=) through the experts, their gradients (+=), and what their routers' decisions are to blame for.
     template <class Args>
     void backward_experts(const Args& args, const TokenInfo<Space>& tokens, const Context& context,
