@@ -32,7 +32,7 @@ template <class T>
 struct FfnScratch {
     view<T, 2> width;   // [gathered_rows, d]  rows of x or dy, as they are or in the format of a product
     view<T, 2> hidden;  // [tile_rows, hidden_block]
-    view<T, 2> block;   // [tile_rows, columns of two panels]
+    view<T, 2> block;   // [tile_rows, 256 bytes of columns]
     view<T, 2> along;   // [tile_rows, lanes]
     view<T, 1> weight;  // [tile_rows]
     view<T, 1> slab;    // for the rows of a weight gradient

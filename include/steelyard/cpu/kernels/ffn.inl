@@ -143,13 +143,14 @@ struct FfnBackward {
     T* inner = nullptr;              // [rows, h] (=)  times the combine weight
     bool inner_past_caches = false;  // inner is too much to be found in a cache again
     T* along = nullptr;              // [rows, lanes] (+=)  <down^T dout, a>, in lanes
-    T* block = nullptr;              // [max(rows, 8), ffn_backward_panels panels' columns]
+    T* block = nullptr;              // [max(rows, 8), columns of ffn_backward_panels]
     T* room = nullptr;               // pack_room elements
 };
 
-/// Panels that go through the activation together: with one, each of five tensors is read or written in pieces of 128
-/// bytes, row by row, which memory is slow at.
-inline constexpr index_t ffn_backward_panels = 2;
+/// Panels that go through the activation together, 256 bytes of a row: in shorter pieces of five tensors, row by row,
+/// memory is slow.
+template <class T>
+inline constexpr index_t ffn_backward_panels = 256 / (panel_width<T> * index_t{sizeof(T)});
 
 namespace part {
 
@@ -225,7 +226,7 @@ template <class T>
 void ffn_backward_hidden(const FfnBackward<T>& call) {
     constexpr index_t width = panel_width<T>;
     const Operand<T> dout{const_cast<T*>(call.dout), call.dout_row};  // only read
-    multiply_panels<ffn_backward_panels>(
+    multiply_panels<ffn_backward_panels<T>>(
         dout, call.rows, call.down, index_t{0}, call.down.panels(), call.block, call.room,
         [](index_t, index_t, T*) { return false; },
         [&](const PanelGroup& group) {
