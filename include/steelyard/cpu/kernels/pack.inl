@@ -63,6 +63,15 @@ struct Right {
     [[nodiscard]] index_t panels() const { return (columns + panel_columns() - 1) / panel_columns(); }
     [[nodiscard]] index_t words() const { return words_of<T>(depth); }
     [[nodiscard]] index_t groups() const { return (depth + int8_group - 1) / int8_group; }
+    /// Whether its panels are more than a second-level cache holds beside another operand's. Memory is read fastest as
+    /// one run of addresses.
+    [[nodiscard]] bool out_of_cache() const {
+        return stored != nullptr && panels() * words() * panel_width<T> * index_t{sizeof(word)} > index_t{512} << 10;
+    }
+    /// Panels that `rows` rows take side by side, where there are as many.
+    [[nodiscard]] index_t at_once(index_t rows) const {
+        return out_of_cache() ? 1 : std::min<index_t>(panels_at_once(rows), stored != nullptr ? 4 : 2);
+    }
 
     /// Packs steps [begin, end) of `count` panels from `panel` on, side by side.
     void pack(index_t panel, index_t count, index_t begin, index_t end, T* to) const {
@@ -105,14 +114,16 @@ template <class T, class Body>
 void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last, index_t begin, index_t end,
                 typename Format<T>::word* room, Body&& body) {
     using word = typename Format<T>::word;
-    const index_t wanted = panels_at_once(rows), steps = end - begin;
+    const index_t wanted = right.at_once(rows), steps = end - begin;
     if (right.stored != nullptr) {
         const index_t apart = right.words() * panel_width<T>;
         for (index_t q = first; q < last;) {
             const index_t count = last - q >= wanted ? wanted : 1;
             const word* const b = right.stored + q * apart + begin * panel_width<T>;
             body(q, count, b, apart,
-                 Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
+                 rows <= few_rows ? Ahead{}
+                                  : Ahead::run(b + count * apart,
+                                               count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
             q += count;
         }
         return;
@@ -120,13 +131,13 @@ void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last
     if constexpr (std::is_same_v<word, T>) {
         // A block of panels, so that neighbouring columns of the matrix are read together. Its successor is brought
         // nearer meanwhile.
-        const index_t apart = steps * panel_width<T>, most = std::min<index_t>(wanted, 2);
-        const index_t block = std::max(most, pack_room<T> / 2 / std::max<index_t>(1, apart) / most * most);
+        const index_t apart = steps * panel_width<T>;
+        const index_t block = std::max(wanted, pack_room<T> / 2 / std::max<index_t>(1, apart) / wanted * wanted);
         for (index_t q0 = first; q0 < last; q0 += block) {
             const index_t q1 = std::min(last, q0 + block);
             right.pack(q0, q1 - q0, begin, end, room);
             for (index_t q = q0; q < q1;) {
-                const index_t count = q1 - q >= most ? most : 1;
+                const index_t count = q1 - q >= wanted ? wanted : 1;
                 const index_t next = q + block;
                 body(q, count, room + (q - q0) * apart, apart,
                      next < last ? ahead_of_packing(right, next, begin, end) : Ahead{});

@@ -4,6 +4,9 @@
 inline constexpr int panel_vectors = 2;
 /// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
 inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
+/// Rows of a tile that takes less time than its panel takes to come from memory. The processor fetches what is read in
+/// order by itself, and faster where nothing else is asked for.
+inline constexpr int few_rows = register_rows / 2;
 
 /// Columns of a panel.
 template <class T>
@@ -37,7 +40,8 @@ struct TileCall {
     const float *a_scale = nullptr, *b_scale = nullptr;  // [rows, groups], panels of [groups, panel_width]
     const std::int32_t* a_begin = nullptr;               // [rows, groups]
     index_t groups = 0, b_groups = 0;                    // from one row, and one panel, to the next
-    // What is needed next: with each step an address is brought nearer, `next_stride` bytes from one to the next.
+    // What is needed next: with each step an address is brought nearer, `next_stride` bytes from one to the next. Null
+    // for few_rows: nothing.
     const char* next = nullptr;
     index_t next_stride = 0;
 
@@ -60,8 +64,12 @@ template <class T, int Rows, int Panels, class Sums, class Pointers>
     constexpr int lanes = Simd<typename F::sum>::lanes, vectors = panel_vectors * Panels;
     typename F::words right[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-        std::memcpy(&right[v], b + v / panel_vectors * b_panel + v % panel_vectors * lanes, sizeof right[v]);
+    for (int v = 0; v < vectors; ++v) {
+        typename F::words one;
+        std::memcpy(&one, b + v / panel_vectors * b_panel + v % panel_vectors * lanes, sizeof one);
+        if constexpr (Rows > 1) in_register(one);  // g++ would load it again for each row
+        right[v] = one;
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
         const typename F::word left = a[r / 3][r % 3 * a_row];
@@ -74,6 +82,26 @@ template <class T, int Rows, int Panels, class Sums, class Pointers>
 [[gnu::always_inline]] inline void bring_nearer(const char* next, index_t stride) {
     __builtin_prefetch(next, 0, 2);
     if (stride > 64) __builtin_prefetch(next + 64, 0, 2);
+}
+
+/// Steps of the depth, past which the pointers are moved. A tile of few rows may bring nothing nearer.
+template <class T, int Rows, int Panels, bool Brings = true, class Sums, class Pointers>
+[[gnu::always_inline]] inline void tile_steps(Sums& sum, Pointers& a, index_t a_row, index_t a_step,
+                                              const typename Format<T>::word*& b, index_t b_panel, index_t steps,
+                                              const char*& next, index_t next_stride) {
+    if constexpr (Brings && Rows <= few_rows)
+        if (next == nullptr)
+            return tile_steps<T, Rows, Panels, false>(sum, a, a_row, a_step, b, b_panel, steps, next, next_stride);
+    for (index_t p = 0; p < steps; ++p) {
+        if constexpr (Brings) {
+            bring_nearer(next, next_stride);
+            next += next_stride;
+        }
+        tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
+#pragma GCC unroll 4
+        for (auto& pointer : a) pointer += a_step;
+        b += panel_width<T>;
+    }
 }
 
 /// The tile of int8: integers within a group, then c += a_scale b_scale (their dot products). The registers are full of
@@ -104,15 +132,8 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
-        const index_t end = std::min(steps, begin + F::group_steps);
-        for (index_t p = begin; p < end; ++p) {
-            bring_nearer(next, next_stride);
-            next += next_stride;
-            tile_step<std::int8_t, Rows, Panels>(whole, a, a_row, b, b_panel);
-#pragma GCC unroll 4
-            for (int i = 0; i < pointers; ++i) ++a[i];
-            b += panel_vectors * lanes;
-        }
+        const index_t here = std::min(steps - begin, index_t{F::group_steps});
+        tile_steps<std::int8_t, Rows, Panels>(whole, a, a_row, 1, b, b_panel, here, next, next_stride);
         S::vec scale[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
@@ -150,16 +171,8 @@ void plain_tile(const TileCall<T>& call) {
     const typename F::word *a[pointers], *b = call.b;
 #pragma GCC unroll 4
     for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
-    const index_t a_row = call.a_row, a_step = call.a_step, b_panel = call.b_panel, next_stride = call.next_stride;
     const char* next = call.next;
-    for (index_t p = 0; p < call.steps; ++p) {
-        bring_nearer(next, next_stride);
-        next += next_stride;
-        tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
-#pragma GCC unroll 4
-        for (int i = 0; i < pointers; ++i) a[i] += a_step;
-        b += panel_vectors * lanes;
-    }
+    tile_steps<T, Rows, Panels>(sum, a, call.a_row, call.a_step, b, call.b_panel, call.steps, next, call.next_stride);
 
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r)
@@ -177,8 +190,8 @@ void tile(const TileCall<T>& call) {
 
 }  // namespace part
 
-/// Panels that a tile of `rows` rows takes side by side, where there are as many: few rows of one panel would leave the
-/// units waiting for each other's results.
+/// Panels that a tile of `rows` rows takes side by side, where there are as many and a cache holds them: few rows of
+/// one panel would leave the units waiting for each other's results.
 [[nodiscard]] constexpr index_t panels_at_once(index_t rows) {
     return rows == 1 ? 4 : rows * 3 <= register_rows ? 2 : 1;
 }
@@ -230,10 +243,14 @@ void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = 
     for (index_t i = 0, row = 0; i < count; ++i) {
         const index_t end = rows * (i + 1) / count, part = i / half;
         const bool some = part < 2 && ahead.from[part] != nullptr;
-        // Where nothing is wanted, an address that costs nothing.
-        call.next = some ? static_cast<const char*>(ahead.from[part]) + i % half * call.steps * ahead.step
-                         : reinterpret_cast<const char*>(call.b);
-        call.next_stride = some ? ahead.step : 0;
+        call.next = nullptr;
+        call.next_stride = 0;
+        if (some) {
+            call.next = static_cast<const char*>(ahead.from[part]) + i % half * call.steps * ahead.step;
+            call.next_stride = ahead.step;
+        } else if (end - row > few_rows) {  // an address that costs nothing
+            call.next = reinterpret_cast<const char*>(call.b);
+        }
         before(row, end);
         tile(end - row, panels, call);
         call.skip(end - row);

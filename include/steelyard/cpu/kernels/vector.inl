@@ -23,6 +23,16 @@ struct Simd<double> {
     static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(double));
 };
 
+/// Keeps a vector in a register: the compiler may not read it from memory anew.
+template <class Vector>
+[[gnu::always_inline]] inline void in_register([[maybe_unused]] Vector& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
 /// One register from any address: alignment changes neither the result nor the code.
 template <class T>
 inline typename Simd<T>::vec load(const T* from) {
