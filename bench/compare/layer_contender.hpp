@@ -58,7 +58,8 @@ public:
                                           .dx = dx_,
                                           .grads = grads_,
                                           .context = context_.span(),
-                                          .workspace = workspace_.span()}));
+                                          .workspace = workspace_.span(),
+                                          .write_grads = Write::assign}));
     }
 
     [[nodiscard]] Outcome outcome() const {
@@ -105,7 +106,8 @@ private:
     std::int64_t step_ = 0;
 };
 
-/// Forward with NoBalance under Mode::evaluate; training with the micro-batch loss.
+/// Forward with NoBalance under Mode::evaluate; training with the micro-batch loss, where gradients replace those of
+/// the step before.
 template <class ExpertT>
 class LayerContender : public Contender {
 public:

@@ -92,19 +92,24 @@ void PeerExpert::backward_weights(int threads, view<const float, 2> x, const Pla
     const auto& blas = dynamic_cast<const Blas&>(*products);
     const auto blocks = blocks_of(plan, std::max<index_t>(1, plan.offsets[plan.experts()]));
     const index_t width = x.extents[1];
+    const bool add = grads.write == Write::add;
+    for (index_t e = 0; e < plan.experts() && !add; ++e)
+        if (plan.offsets[e] == plan.offsets[e + 1])
+            for (const auto* of : {&grads.gate, &grads.up, &grads.down})
+                std::fill_n((*of)[e].data, (*of)[e].size(), 0.0f);
     for_each_task(threads, 3 * std::ssize(blocks), [&](index_t task) {
         const Block& block = blocks[static_cast<std::size_t>(task / 3)];
         const index_t m = block.rows(), e = block.expert, first = block.begin;
         switch (task % 3) {
             case 0:
                 return blas.tn(
-                    {hidden, width, m, &work.gate(first, 0), gathered<0>(plan, block, x), grads.gate[e].data, true});
+                    {hidden, width, m, &work.gate(first, 0), gathered<0>(plan, block, x), grads.gate[e].data, add});
             case 1:
                 return blas.tn(
-                    {hidden, width, m, &work.up(first, 0), gathered<0>(plan, block, x), grads.up[e].data, true});
+                    {hidden, width, m, &work.up(first, 0), gathered<0>(plan, block, x), grads.up[e].data, add});
             default:
                 return blas.tn(
-                    {width, hidden, m, gathered<0>(plan, block, dy), &work.inner(first, 0), grads.down[e].data, true});
+                    {width, hidden, m, gathered<0>(plan, block, dy), &work.inner(first, 0), grads.down[e].data, add});
         }
     });
 }

@@ -97,18 +97,21 @@ private:
             const index_t e = task / blocks, block = task % blocks;
             const index_t first = plan_.offsets[e], n = plan_.offsets[e + 1] - first;
             const index_t parts = (n + gathered_rows - 1) / gathered_rows;
-            if (grads.write == Write::assign) {
+            const Sums sums{grads.write == Write::add, parts == 1 && out_of_caches(grads)};
+            if (!sums.add) {  // what no row is added to, and what rows are added to one by one
+                const bool none = n == 0;
                 if (block < up_blocks)
-                    clear(e, block, hidden_, {&grads.gate, &grads.up}, {&grads.gate_bias, &grads.up_bias});
+                    clear(e, block, hidden_, none, {&grads.gate, &grads.up}, {&grads.gate_bias, &grads.up_bias});
                 else
-                    clear(e, block - up_blocks, width_, {&grads.down}, {&grads.down_bias});
+                    clear(e, block - up_blocks, width_, none, {&grads.down}, {&grads.down_bias});
             }
             for (index_t i = 0; i < parts; ++i) {
                 const index_t r0 = first + n * i / parts, r1 = first + n * (i + 1) / parts;
+                const Sums here{sums.add || i > 0, sums.past_caches};
                 if (block < up_blocks)
-                    add_up(e, block, r0, r1, x, grad_rows, grads, part(thread));
+                    add_up(e, block, r0, r1, x, grad_rows, grads, here, part(thread));
                 else
-                    add_down(e, block - up_blocks, r0, r1, weight, dy, grad_rows, grads, part(thread));
+                    add_down(e, block - up_blocks, r0, r1, weight, dy, grad_rows, grads, here, part(thread));
             }
         });
     }
@@ -121,18 +124,28 @@ private:
         return std::min(rows, units * block / blocks_of(rows) * unit);
     }
 
-    /// Gradients (=) of the rows of one block: 0, in the caches, where they will be added to.
-    static void clear(index_t e, index_t block, index_t rows, std::initializer_list<const view<T, 3>*> weights,
+    /// How a product goes to a gradient: added, or in its place; read again before a cache would have forgotten it.
+    struct Sums {
+        bool add = true, past_caches = false;
+    };
+    [[nodiscard]] static bool out_of_caches(const FfnWeights<T>& grads) {
+        return (grads.gate.size() + grads.up.size() + grads.down.size()) * index_t{sizeof(T)} > past_caches_bytes;
+    }
+
+    /// Gradients of the rows of one block = 0: the biases, and `all` with the weights.
+    static void clear(index_t e, index_t block, index_t rows, bool all,
+                      std::initializer_list<const view<T, 3>*> weights,
                       std::initializer_list<const view<T, 2>*> biases) {
         const index_t i0 = block_begin(rows, block), i1 = block_begin(rows, block + 1);
         for (const view<T, 3>* of : weights)
-            for (index_t i = i0; of->present() && i < i1; ++i) std::fill_n(&(*of)(e, i, 0), of->extents[2], T(0));
+            for (index_t i = i0; all && of->present() && i < i1; ++i)
+                std::fill_n(&(*of)(e, i, 0), of->extents[2], T(0));
         for (const view<T, 2>* of : biases)
             if (of->present()) std::fill(&(*of)(e, i0), &(*of)(e, i0) + (i1 - i0), T(0));
     }
 
     void add_up(index_t e, index_t block, index_t r0, index_t r1, view<const T, 2> x, const FfnGradRows<T>& grad_rows,
-                const FfnWeights<T>& grads, const FfnScratch<T>& own) const {
+                const FfnWeights<T>& grads, Sums sums, const FfnScratch<T>& own) const {
         const index_t i0 = block_begin(hidden_, block), i1 = block_begin(hidden_, block + 1);
         const auto dup = columns(view<const T, 2>(grad_rows.up.slice(r0, r1)), i0, i1);
         const auto dgate = gated_ ? columns(view<const T, 2>(grad_rows.gate.slice(r0, r1)), i0, i1) : dup;
@@ -140,20 +153,21 @@ private:
             r0, r1, width_, own, [&](index_t r) { return &x(plan_.choice[r] / plan_.top_k(), 0); },
             grads.up.present() || (gated_ && grads.gate.present()),
             [&](index_t j0, index_t n) {
-                if (grads.up.present()) add_product(dup, grads.up[e], i0, i1, j0, n, own);
-                if (gated_ && grads.gate.present()) add_product(dgate, grads.gate[e], i0, i1, j0, n, own);
+                if (grads.up.present()) add_product(dup, grads.up[e], i0, i1, j0, n, sums, own);
+                if (gated_ && grads.gate.present()) add_product(dgate, grads.gate[e], i0, i1, j0, n, sums, own);
             });
         add_rows<T>(dup, grads.up_bias, e, i0);
         if (gated_) add_rows<T>(dgate, grads.gate_bias, e, i0);
     }
 
     void add_down(index_t e, index_t block, index_t r0, index_t r1, view<const T, 2> weight, view<const T, 2> dy,
-                  const FfnGradRows<T>& grad_rows, const FfnWeights<T>& grads, const FfnScratch<T>& own) const {
+                  const FfnGradRows<T>& grad_rows, const FfnWeights<T>& grads, Sums sums,
+                  const FfnScratch<T>& own) const {
         const index_t i0 = block_begin(width_, block), i1 = block_begin(width_, block + 1);
         const auto dout = gather(plan_, columns(dy, i0, i1), r0, r1, own.width);
         for_packed_columns(
             r0, r1, hidden_, own, [&](index_t r) { return &grad_rows.inner(r, 0); }, grads.down.present(),
-            [&](index_t j0, index_t n) { add_product(dout, grads.down[e], i0, i1, j0, n, own); });
+            [&](index_t j0, index_t n) { add_product(dout, grads.down[e], i0, i1, j0, n, sums, own); });
         if (grads.down_bias.present())
             for (index_t r = 0; r < r1 - r0; ++r)
                 for (index_t i = i0; i < i1; ++i)
@@ -175,8 +189,8 @@ private:
         }
     }
 
-    /// grad[i0..i1][j0..j0+n] += left^T (the panels)
-    void add_product(view<const T, 2> left, view<T, 2> grad, index_t i0, index_t i1, index_t j0, index_t n,
+    /// grad[i0..i1][j0..j0+n] (= or +=) left^T (the panels)
+    void add_product(view<const T, 2> left, view<T, 2> grad, index_t i0, index_t i1, index_t j0, index_t n, Sums sums,
                      const FfnScratch<T>& own) const {
         typename Kernels::template OuterProductOf<T> product;
         product.rows = left.extents[0];
@@ -187,6 +201,8 @@ private:
         product.n = n;
         product.out = &grad(i0, j0);
         product.out_row = grad.strides[0];
+        product.add = sums.add;
+        product.past_caches = sums.past_caches;
         product.slab = own.slab.data;
         Kernels::outer_product(product);
     }

@@ -265,7 +265,7 @@ struct ExpertKernels {
     }
     template <class T>
     static void outer_product(const OuterProduct<T>& of) {
-        add_outer_product(of);
+        multiply(of);
     }
     template <class T>
     static void to_panels(const T* row, index_t columns, T* panels, index_t apart) {

@@ -46,6 +46,7 @@ void partial_tiles(index_t rows, index_t panels, index_t columns, TileCall<T> ca
         const index_t high = std::min<index_t>(register_rows, rows - r);
         TileCall<T> whole = call;
         whole.c = block;
+        whole.past_caches = false;
         whole.c_row = panels * panel_width<T>;
         if (call.add)
             for (index_t i = 0; i < high; ++i) std::memcpy(block + i * whole.c_row, call.c + i * call.c_row, bytes);
@@ -129,7 +130,7 @@ void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index
         }
 }
 
-/// out (+=) left^T right, over rows in order: the gradient of a weight. `right` comes in panels.
+/// out (= or +=) left^T right, over rows in order: the gradient of a weight. `right` comes in panels.
 template <class T>
 struct OuterProduct {
     index_t rows = 0;         // what is summed over
@@ -139,7 +140,9 @@ struct OuterProduct {
     index_t n = 0;
     T* out = nullptr;  // [m, n]
     index_t out_row = 0;
-    T* slab = nullptr;  // [rows, slab_width]
+    bool add = true;
+    bool past_caches = false;  // out is too much to be found in a cache again
+    T* slab = nullptr;         // [rows, slab_width]
 };
 
 /// One row of a matrix into its place in the panels: to[q * apart + j] = from[q * panel_width + j], missing columns 0.
@@ -182,19 +185,20 @@ void prefetch_tile(const T* c, index_t c_row, index_t rows) {
 }  // namespace part
 
 template <class T>
-void add_outer_product(const OuterProduct<T>& product) {
+void multiply(const OuterProduct<T>& product) {
     constexpr index_t width = panel_width<T>, high = register_rows;
     const index_t rows = product.rows, m = product.m;
-    if (rows == 0) return;
+    const bool stream = !product.add && product.past_caches && part::streams(product.out, Simd<T>::lanes) &&
+                        part::streams(product.out + product.out_row, Simd<T>::lanes);
     for (index_t i = 0; i < m; i += high) {
         const index_t here_rows = std::min(high, m - i);
         part::fill_slab(product.left + i, product.left_row, rows, here_rows, m - i, product.slab);
         for (index_t j = 0; j < product.n; j += width) {
             T* const c = product.out + i * product.out_row + j;
             // The next tile of the result: it has this one's time to come from memory.
-            if (j + width < product.n)
+            if (!stream && j + width < product.n)
                 part::prefetch_tile(c + width, product.out_row, here_rows);
-            else if (i + high < m)
+            else if (!stream && i + high < m)
                 part::prefetch_tile(product.out + (i + high) * product.out_row, product.out_row,
                                     std::min(high, m - i - high));
             // The next slab: the first two tiles bring nearer where its vectors begin and end.
@@ -206,7 +210,8 @@ void add_outer_product(const OuterProduct<T>& product) {
             call.a = product.slab, call.a_row = 1, call.a_step = slab_width<T>;
             call.b = product.right + j * rows;
             call.c = c, call.c_row = product.out_row;
-            call.add = true;
+            call.add = product.add;
+            call.past_caches = stream;
             const index_t here = std::min(width, product.n - j);
             if (here == width)
                 tiles(here_rows, 1, call, ahead);
@@ -214,4 +219,5 @@ void add_outer_product(const OuterProduct<T>& product) {
                 partial_tiles(here_rows, 1, here, call, ahead);
         }
     }
+    if (stream) part::end_stream();
 }

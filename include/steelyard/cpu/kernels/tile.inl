@@ -36,6 +36,7 @@ struct TileCall {
     typename F::sum* c = nullptr;  // row r at c[r * c_row]; the panels' columns side by side
     index_t c_row = 0;
     bool add = false;
+    bool past_caches = false;  // c, aligned to whole registers, is written without reading it; not of int8
     // Of int8: scales of the rows and of the panels' columns, group by group.
     const float *a_scale = nullptr, *b_scale = nullptr;  // [rows, groups], panels of [groups, panel_width]
     const std::int32_t* a_begin = nullptr;               // [rows, groups]
@@ -174,10 +175,16 @@ void plain_tile(const TileCall<T>& call) {
     const char* next = call.next;
     tile_steps<T, Rows, Panels>(sum, a, call.a_row, call.a_step, b, call.b_panel, call.steps, next, call.next_stride);
 
+    const auto write = [&](auto&& one) __attribute__((always_inline)) {
 #pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r)
+        for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) store(call.c + r * call.c_row + v * lanes, sum[r][v]);
+            for (int v = 0; v < vectors; ++v) one(call.c + r * call.c_row + v * lanes, sum[r][v]);
+    };
+    if (call.past_caches)
+        write(stream<typename F::sum>);
+    else
+        write(store<typename F::sum>);
 }
 
 template <class T, int Rows, int Panels>
