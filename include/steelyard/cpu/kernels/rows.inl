@@ -68,7 +68,8 @@ template <class T>
     return __builtin_convertvector(part, typename Simd<double>::vec);
 }
 
-/// How far ahead of a sum of rows they are fetched: all of them together, well below the first cache.
+/// How far ahead of a sum of rows they are fetched into the second-level cache: all of them together. The first-level
+/// cache waits for too few lines at a time.
 inline constexpr index_t prefetched_bytes = 10240;
 
 /// The rows of one token's choices, without those that are missing.
@@ -143,7 +144,7 @@ void add_row(const TokenTerms<T>& terms, const TokenTerms<T>& next, bool add, T*
         const index_t at = here ? j + ahead : j + ahead - whole;
         for (int k = 0; k < later.count; ++k)
 #pragma GCC unroll 4
-            for (int i = 0; i < step; i += line) __builtin_prefetch(later.row[k] + at + i);
+            for (int i = 0; i < step; i += line) __builtin_prefetch(later.row[k] + at + i, 0, 2);
         if constexpr (!Streams)
 #pragma GCC unroll 4
             for (int i = 0; i < step; i += line) __builtin_prefetch((here ? y : next_y) + at + i, 1);
