@@ -117,6 +117,38 @@ TEST_CASE("pre-activations that are too many for any cache are the same numbers"
     }
 }
 
+TEST_CASE("gradients that replace are those that are added to zeros, whatever was there and however much there is") {
+    // 16 MiB and more of them pass the caches by: in whole lines, and in rows that are not. One expert has no rows.
+    if (few_sizes) return;
+    for (const index_t width : {512, 513, 16}) {
+        const FfnCase c{.rows = {3, 0, width == 16 ? 800 : 150},
+                        .width = width,
+                        .hidden = 1000,
+                        .function = Activation::silu,
+                        .gated = true,
+                        .bias = true};
+        CAPTURE(width);
+        for (const Isa isa : instruction_sets())
+            for (const int threads : {1, 3}) {
+                CAPTURE(name_of(isa));
+                CAPTURE(threads);
+                const Cpu device{.threads = threads, .isa = isa};
+                FfnRun<float> added(c), replaced(c);
+                for (auto* run : {&added, &replaced}) {
+                    const double before = run == &added ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+                    for (auto* of : {&run->dgate, &run->dup, &run->ddown}) of->set([&](index_t) { return before; });
+                    for (auto* of : {&run->dgate_bias, &run->dup_bias, &run->ddown_bias})
+                        of->set([&](index_t) { return before; });
+                    run->forward(device);
+                    auto grads = run->grads();
+                    if (run == &replaced) grads.write = Write::assign;
+                    run->backward(device, run->weights(), run->weight.v, run->dweight.v, grads);
+                }
+                check_same(replaced, added);
+            }
+    }
+}
+
 TEST_CASE_TEMPLATE("the number of threads changes no bit, forward or backward", T, float, double) {
     for (const FfnCase& c : awkward_calls())
         for (const Isa isa : instruction_sets()) {
