@@ -58,7 +58,7 @@ std::string_view name_of(Type type) {
 }
 
 double weight_bytes(Type type) {
-    constexpr double bytes[] = {4.0, 2.0, 1.0 + 4.0 / 128};
+    constexpr double bytes[] = {4.0, 2.0, 1.0 + 4.0 / 256};
     return bytes[static_cast<int>(type)];
 }
 

@@ -1,7 +1,7 @@
 // Any CBLAS, expert by expert.
 #include <cblas.h>
 
-#include "peer_expert.hpp"
+#include "products.hpp"
 
 namespace steelyard_bench {
 namespace {

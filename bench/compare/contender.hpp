@@ -60,6 +60,9 @@ struct Registration {
     explicit Registration(Entry entry) { entries().push_back(std::move(entry)); }
 };
 
+/// Ours in float with the weights as they are: what the others are compared with.
+[[nodiscard]] std::unique_ptr<Contender> make_reference(const Model& model);
+
 /// Options that contenders read.
 struct PeerOptions {
     std::vector<std::string> pythons;  ///< interpreters with PyTorch

@@ -1,7 +1,7 @@
 // Eigen's matrix products, expert by expert.
 #include <Eigen/Core>
 
-#include "peer_expert.hpp"
+#include "products.hpp"
 
 namespace steelyard_bench {
 namespace {

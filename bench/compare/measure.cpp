@@ -6,7 +6,6 @@
 #include <regex>
 
 #include "busy.hpp"
-#include "layer_contender.hpp"
 
 namespace steelyard_bench {
 namespace {
@@ -35,7 +34,7 @@ public:
         : options_(options),
           notes_(notes),
           model_(first.shape, first.pass == Pass::train),
-          reference_(model_, SwiGlu{.hidden = first.shape.hidden}) {
+          reference_(make_reference(model_)) {
         const std::regex wanted(options.contenders);
         for (const Entry& entry : entries()) {
             if (!entry.supports(first)) continue;
@@ -50,7 +49,7 @@ public:
             batch_.reset();
             batch_ = std::make_unique<Batch>(of, model_);
             batch_of_ = of;
-            expected_ = outcome(reference_, of);
+            expected_ = outcome(*reference_, of);
         }
         CaseResult result;
         result.of = of;
@@ -131,7 +130,7 @@ private:
     const MeasureOptions& options_;
     Notes& notes_;
     Model model_;
-    LayerContender<SwiGlu> reference_;  // ours in float, weights as they are
+    std::unique_ptr<Contender> reference_;
     std::vector<Candidate> candidates_;
     std::unique_ptr<Batch> batch_;
     Case batch_of_{};

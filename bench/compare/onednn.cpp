@@ -5,7 +5,7 @@
 #include <oneapi/dnnl/dnnl.hpp>
 
 #include "../threads.hpp"
-#include "peer_expert.hpp"
+#include "products.hpp"
 
 namespace steelyard_bench {
 namespace {

@@ -47,4 +47,9 @@ const Registration registered[] = {
                   .make = plain})};
 
 }  // namespace
+
+std::unique_ptr<Contender> make_reference(const Model& model) {
+    return std::make_unique<LayerContender<SwiGlu>>(model, SwiGlu{.hidden = model.shape().hidden});
+}
+
 }  // namespace steelyard_bench

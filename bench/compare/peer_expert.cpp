@@ -1,8 +1,9 @@
-#include "peer_expert.hpp"
-
-#include <numeric>
+// An expert whose products are a peer's. Being an Expert like any other, it gets our router, plan, balance and combine.
+#include <utility>
 
 #include "../threads.hpp"
+#include "layer_contender.hpp"
+#include "products.hpp"
 #include "swiglu.hpp"
 
 namespace steelyard_bench {
@@ -45,7 +46,48 @@ const float* gathered(const Plan<>& plan, const Block& block, view<const float, 
     return to;
 }
 
-}  // namespace
+/// SwiGLU over the rows of each expert: gathered block by block, three products, parallel over blocks of all experts.
+/// Backward needs a Blas.
+struct PeerExpert : SwiGlu {
+    const Products* products = nullptr;
+
+    template <class T, class Device>
+    [[nodiscard]] index_t scratch_bytes(const Device&, const LayerShape&) const {
+        return 0;
+    }
+
+    template <class T, class Device, class Space = HostSpace>
+    void forward(const Device& device, const Params<const T, Space>& params,
+                 std::type_identity_t<view<const T, 2, Space>> x, const Plan<Space>& plan, const Kept<T, Space>& kept,
+                 std::type_identity_t<view<T, 2, Space>> rows, std::byte*) const {
+        if constexpr (std::is_same_v<T, float>) run_forward(device.threads, x, plan, kept, rows);
+        (void)params;
+    }
+
+    template <class T, class Device, class Space = HostSpace>
+    void backward(const Device& device, const Params<const T, Space>& params,
+                  std::type_identity_t<view<const T, 2, Space>> x, const Plan<Space>& plan, const Kept<T, Space>& kept,
+                  std::type_identity_t<view<const T, 2, Space>> weight,
+                  std::type_identity_t<view<const T, 2, Space>> dy, const Work<T, Space>& work,
+                  std::type_identity_t<view<T, 2, Space>> drows, std::type_identity_t<view<T, 2, Space>> dweight,
+                  const Params<T, Space>& grads, std::byte*) const {
+        if constexpr (std::is_same_v<T, float>) {
+            backward_rows(device.threads, params, plan, kept, weight, dy, work, drows, dweight);
+            backward_weights(device.threads, x, plan, dy, work, grads);
+        }
+    }
+
+    friend bool operator==(const PeerExpert&, const PeerExpert&) = default;
+
+private:
+    void run_forward(int threads, view<const float, 2> x, const Plan<>& plan, const Kept<float>& kept,
+                     view<float, 2> rows) const;
+    void backward_rows(int threads, const Params<const float>& params, const Plan<>& plan, const Kept<float>& kept,
+                       view<const float, 2> weight, view<const float, 2> dy, const Work<float>& work,
+                       view<float, 2> drows, view<float, 2> dweight) const;
+    void backward_weights(int threads, view<const float, 2> x, const Plan<>& plan, view<const float, 2> dy,
+                          const Work<float>& work, const Params<float>& grads) const;
+};
 
 void PeerExpert::run_forward(int threads, view<const float, 2> x, const Plan<>& plan, const Kept<float>& kept,
                              view<float, 2> rows) const {
@@ -112,6 +154,24 @@ void PeerExpert::backward_weights(int threads, view<const float, 2> x, const Pla
                     {width, hidden, m, gathered<0>(plan, block, dy), &work.inner(first, 0), grads.down[e].data, add});
         }
     });
+}
+
+/// Our layer around the products of a peer.
+class PeerContender final : public LayerContender<PeerExpert> {
+public:
+    PeerContender(const Model& model, const Case& of, std::unique_ptr<Products> products)
+        : LayerContender(model, PeerExpert{{.hidden = of.shape.hidden}}), products_(std::move(products)) {
+        expert_.products = products_.get();
+    }
+
+private:
+    std::unique_ptr<Products> products_;
+};
+
+}  // namespace
+
+std::unique_ptr<Contender> make_peer_contender(const Model& model, const Case& of, std::unique_ptr<Products> products) {
+    return std::make_unique<PeerContender>(model, of, std::move(products));
 }
 
 }  // namespace steelyard_bench

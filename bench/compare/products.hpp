@@ -1,7 +1,9 @@
 // What a peer that knows matrix products alone has to offer; the rest of the layer is ours.
 #pragma once
 
-#include "model.hpp"
+#include <memory>
+
+#include "contender.hpp"
 
 namespace steelyard_bench {
 
@@ -47,5 +49,15 @@ private:
     Model::Tensors weights_;
     index_t width_, hidden_;
 };
+
+/// Our layer around a peer's products.
+[[nodiscard]] std::unique_ptr<Contender> make_peer_contender(const Model& model, const Case& of,
+                                                             std::unique_ptr<Products> products);
+
+/// The same, with products that are made, and pack the weights, for a case.
+template <class P>
+[[nodiscard]] std::unique_ptr<Contender> make_products_contender(const Model& model, const Case& of) {
+    return make_peer_contender(model, of, std::make_unique<P>(model, of));
+}
 
 }  // namespace steelyard_bench

@@ -2,7 +2,7 @@
 #include <libxsmm.h>
 
 #include "../threads.hpp"
-#include "peer_expert.hpp"
+#include "products.hpp"
 
 namespace steelyard_bench {
 namespace {

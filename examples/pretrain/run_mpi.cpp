@@ -8,8 +8,8 @@
 
 #include <thread>
 
+#include "run_rank.hpp"
 #include "steelyard/comm/mpi.hpp"
-#include "strategies.hpp"
 
 namespace pretrain {
 
@@ -42,10 +42,7 @@ void Ranks::give_up(int exit_code) {
 RunRecord run_mpi(Shared<float>& shared, double patience) {
     const steelyard::MpiComm comm(MPI_COMM_WORLD, {.timeout = patience});
     try {
-        const Settings& settings = shared.settings;
-        Run<float>(shared, comm, {}, make_moe_blocks<float>(settings, shared.strategy, comm),
-                   Threads(settings.threads))
-            .go();
+        run_rank(shared, comm, {});
     } catch (const std::exception& error) {
         comm.abort("rank " + std::to_string(comm.rank()) + ": " + error.what());
         throw;

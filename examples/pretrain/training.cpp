@@ -2,11 +2,10 @@
 
 #include <optional>
 
-#include "run.hpp"
 #include "run_cuda.hpp"
 #include "run_mpi.hpp"
+#include "run_rank.hpp"
 #include "steelyard/comm/threads.hpp"
-#include "strategies.hpp"
 
 namespace pretrain {
 
@@ -24,9 +23,7 @@ constexpr double patience = 600;
 RunRecord run_threads(Shared<float>& shared) {
     steelyard::ThreadGroup group(shared.settings.ranks, {.timeout = patience});
     steelyard::run_ranks(group, [&](const steelyard::ThreadComm& comm) {
-        Run<float>(shared, comm, {comm.rank(), comm.size()},
-                   make_moe_blocks<float>(shared.settings, shared.strategy, comm), Threads(shared.settings.threads))
-            .go();
+        run_rank(shared, comm, {comm.rank(), comm.size()});
     });
     return std::move(shared.record);
 }

@@ -151,11 +151,7 @@ TEST_CASE("forward refuses memory that is missing, too small or misaligned") {
     Boundary b;
     const auto& layer = b.rig.layer;
     using Block = std::span<std::byte> Forward::*;
-    const std::tuple<std::string, Block, index_t> blocks[] = {
-        {"context", &Forward::context, layer.context_bytes()},
-        {"workspace", &Forward::workspace, layer.workspace_bytes()},
-        {"state", &Forward::state, layer.state_bytes()}};
-    for (const auto& [name, block, bytes] : blocks) {
+    const auto check_block = [&](const std::string& name, Block block, index_t bytes) {
         const std::string start = "steelyard: layer.forward: " + name + ": expected ";
         CHECK(b.forward([&](Forward& a) { a.*block = {}; }) == start + "at least " + number(bytes) + " bytes, came 0");
         CHECK(b.forward([&](Forward& a) { a.*block = (a.*block).first(static_cast<std::size_t>(bytes - 1)); }) ==
@@ -163,7 +159,10 @@ TEST_CASE("forward refuses memory that is missing, too small or misaligned") {
         const Bytes larger(bytes + 64);
         CHECK(b.forward([&](Forward& a) { a.*block = larger.span().subspan(8); }) ==
               start + "memory aligned to 64 bytes, came a misaligned pointer");
-    }
+    };
+    check_block("context", &Forward::context, layer.context_bytes());
+    check_block("workspace", &Forward::workspace, layer.workspace_bytes());
+    check_block("state", &Forward::state, layer.state_bytes());
 }
 
 TEST_CASE("a NaN or an infinity in a valid token is refused by the router, before anything is counted") {

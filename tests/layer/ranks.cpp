@@ -30,7 +30,7 @@ struct DropInTraining {
                std::byte*) const {
         if (tokens.mode == Mode::train) std::fill_n(choices.data, choices.size(), expert_t{-1});
     }
-    friend bool operator==(const DropInTraining&, const DropInTraining&) = default;
+    [[maybe_unused]] friend bool operator==(const DropInTraining&, const DropInTraining&) = default;
 };
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(STEELYARD_CPU_PLAIN_THREADS)
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -28,7 +28,7 @@ void parallel_for(const Cpu& device, index_t tasks, F&& body) {
         for (index_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
         return;
     }
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(STEELYARD_CPU_PLAIN_THREADS)
     // ThreadSanitizer cannot see into OpenMP's runtime: threads that it can see, for the sake of the tests.
     if (tasks > 1 && device.threads > 1) {
         std::atomic<index_t> next{0};

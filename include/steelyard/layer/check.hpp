@@ -47,11 +47,8 @@ Status check_apart(std::string_view stage, std::string_view written_name, const 
                           "memory that overlaps it");
 }
 
-/// Sizes of a layer, its device and its balance. What its mixtures need they check themselves.
-template <class Config>
-Status check_config(const Config& config) {
-    constexpr std::string_view stage = "layer.config";
-    const LayerShape& shape = config.shape;
+/// Sizes of a layer.
+inline Status check_shape(std::string_view stage, const LayerShape& shape) {
     const auto at_least = [&](std::string_view name, index_t value, index_t least) {
         return value >= least ? Status{}
                               : detail::refuse_number(stage, name, "at least " + std::to_string(least), value);
@@ -62,15 +59,31 @@ Status check_config(const Config& config) {
     if (Status s = at_least("shape.sequences", shape.sequences, 1); !s) return s;
     if (Status s = at_least("shape.micro_steps", shape.micro_steps, 1); !s) return s;
     if (Status s = at_least("shape.ranks", shape.ranks, 1); !s) return s;
-    if (Status s = config.device.check(); !s) return s;
     constexpr index_t most = std::numeric_limits<std::int32_t>::max();
     if (shape.experts > most) return detail::refuse_number(stage, "shape.experts", "below 2^31", shape.experts);
-    return config.balance.check(shape);
+    return {};
 }
 
+/// Sizes of a layer, its device and its balance. What its mixtures need they check themselves.
+template <class Config>
+Status check_config(const Config& config) {
+    if (Status s = check_shape("layer.config", config.shape); !s) return s;
+    if (Status s = config.device.check(); !s) return s;
+    return config.balance.check(config.shape);
+}
+
+/// What a balance policy needs to know of the step that a call is part of: all its tokens, for a loss; which of its
+/// micro-steps, to remember them.
+struct StepNeeds {
+    bool total_tokens, micro_steps;
+};
+template <class BalanceT>
+inline constexpr StepNeeds step_needs{BalanceT::has_loss, BalanceT::remembers};
+
 /// The call's token count, mask, packed sequences and place in the step.
-template <class BalanceT, class Space>
-Status check_tokens(std::string_view stage, const LayerShape& shape, index_t count, const TokenInfo<Space>& tokens) {
+template <class Space>
+Status check_tokens(std::string_view stage, const LayerShape& shape, index_t count, const TokenInfo<Space>& tokens,
+                    StepNeeds needs) {
     if (count > shape.tokens)
         return detail::refuse_number(stage, "x", "at most shape.tokens = " + std::to_string(shape.tokens) + " rows",
                                      count);
@@ -80,7 +93,7 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
         valid = 0;
         if constexpr (std::is_same_v<Space, HostSpace>) {
             for (index_t t = 0; t < count; ++t) valid += tokens.mask[t] != 0;
-        } else if (BalanceT::has_loss && tokens.mode == Mode::train && tokens.step.total_tokens == 0) {
+        } else if (needs.total_tokens && tokens.mode == Mode::train && tokens.step.total_tokens == 0) {
             return detail::refuse_number(stage, "step.total_tokens",
                                          "the valid tokens of the whole step, which the host cannot count",
                                          tokens.step.total_tokens);
@@ -110,14 +123,14 @@ Status check_tokens(std::string_view stage, const LayerShape& shape, index_t cou
     }
     const StepInfo& at = tokens.step;
     if (at.step < 0) return detail::refuse_number(stage, "step.step", "at least 0", at.step);
-    if (at.micro_step < 0 || (BalanceT::remembers && at.micro_step >= shape.micro_steps))
+    if (at.micro_step < 0 || (needs.micro_steps && at.micro_step >= shape.micro_steps))
         return detail::refuse_number(stage, "step.micro_step",
                                      "below shape.micro_steps = " + std::to_string(shape.micro_steps), at.micro_step);
     if (at.token_offset < 0) return detail::refuse_number(stage, "step.token_offset", "at least 0", at.token_offset);
     if (!std::isfinite(at.grad_scale))
         return Status::refuse(Code::invalid_argument, stage, "step.grad_scale", "a finite number",
                               std::to_string(at.grad_scale));
-    if (BalanceT::has_loss && tokens.mode == Mode::train && at.micro_step > 0 && at.total_tokens == 0)
+    if (needs.total_tokens && tokens.mode == Mode::train && at.micro_step > 0 && at.total_tokens == 0)
         return detail::refuse_number(stage, "step.total_tokens",
                                      "the valid tokens of the whole step, which has several micro-steps",
                                      at.total_tokens);

@@ -142,7 +142,7 @@ protected:
     Status check_forward_tensors(std::string_view stage, const Args& args) const {
         if (Status s = check_all(); !s) return s;
         const index_t count = args.x.extents[0];
-        if (Status s = check_tokens<Balance>(stage, config_.shape, count, args.tokens); !s) return s;
+        if (Status s = check_tokens(stage, config_.shape, count, args.tokens, step_needs<Balance>); !s) return s;
         if (Status s = check_view(stage, "x", args.x, count, config_.shape.width); !s) return s;
         if (Status s = check_view(stage, "y", args.y, count, outputs() * config_.shape.width); !s) return s;
         if (Types::uses_ids)

@@ -162,7 +162,7 @@ private:
     template <class V>
     [[nodiscard]] V columns(V tensor, int g) const {
         tensor.extents[1] /= groups;
-        tensor.data += g * tensor.extents[1];
+        if (tensor.present()) tensor.data += g * tensor.extents[1];
         return tensor;
     }
     template <class T, class Space>
