@@ -57,11 +57,6 @@ std::string_view name_of(Type type) {
     return names[static_cast<int>(type)];
 }
 
-double weight_bytes(Type type) {
-    constexpr double bytes[] = {4.0, 2.0, 1.0 + 4.0 / 256};
-    return bytes[static_cast<int>(type)];
-}
-
 std::string_view name_of(Skew skew) { return skew == Skew::uniform ? "uniform" : "zipf"; }
 std::string_view name_of(Pass pass) { return pass == Pass::forward ? "forward" : "train"; }
 

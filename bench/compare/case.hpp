@@ -12,7 +12,7 @@ namespace steelyard_bench {
 /// Elements of the experts' weights.
 enum class Type { f32, bf16, int8 };
 [[nodiscard]] std::string_view name_of(Type type);
-/// Bytes of a weight, scales included: for int8 a float for each 256 of them.
+/// Bytes of a weight in our formats, scales included.
 [[nodiscard]] double weight_bytes(Type type);
 
 /// How unevenly tokens choose: zipf adds the logarithm of 1 / rank to the logits of each expert.

@@ -27,11 +27,11 @@ public:
     virtual void prepare(const Case& of, const Batch& batch) = 0;
     /// y of one set of tokens; in training of the first set, keeping what backward needs.
     virtual void forward(index_t set) = 0;
-    /// dx (=) and the weights' gradients (+=, or = where the peer's users do it so).
+    /// dx (=) and the weights' gradients (=).
     virtual void backward() = 0;
     /// Of the last calls.
     virtual Outcome outcome() = 0;
-    /// Before the calls that are compared: forgets gradients of the sampled experts.
+    /// Before the calls that are compared: forgets gradients of the sampled experts, whose memory contenders share.
     virtual void forget_gradients() {}
 
     /// Seconds of forward, and in training of backward too. A contender in another process has its own clock.

@@ -48,6 +48,11 @@ const Registration registered[] = {
 
 }  // namespace
 
+double weight_bytes(Type type) {
+    constexpr double bytes[] = {4.0, 2.0, 1.0 + 4.0 / cpu::int8_group};
+    return bytes[static_cast<int>(type)];
+}
+
 std::unique_ptr<Contender> make_reference(const Model& model) {
     return std::make_unique<LayerContender<SwiGlu>>(model, SwiGlu{.hidden = model.shape().hidden});
 }

@@ -72,7 +72,7 @@ struct FfnKernels {
                              const FfnGradRows<T>& grad_rows,  // [N, h] (=)
                              view<T, 2> drows,                 // [N, d] (=)
                              view<T, 2> dweight,               // [T, K] (+=), or absent
-                             const FfnWeights<T>& grads,       // (+=), absent members are skipped
+                             const FfnWeights<T>& grads,       // (+=, or = by `write`), absent ones are skipped
                              std::byte* scratch) {
         with_kernels(device.isa, [&](auto kernels) {
             using Pass = detail::expert::FfnBackwardPass<decltype(kernels), T>;
