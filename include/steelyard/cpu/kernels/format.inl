@@ -9,7 +9,20 @@ struct Format {
     using words = typename Simd<T>::vec;
     static constexpr int per_word = 1;
     static constexpr bool grouped = false;
-    [[gnu::always_inline]] static words madd(words sum, T a, words b) { return sum + a * b; }
+    [[gnu::always_inline]] static words madd(words sum, T a, words b) {
+#if defined(__x86_64__)
+        // One instruction that adds in place: left the choice, g++ takes those that overwrite a factor, and moves.
+        if constexpr (kernel_isa >= Isa::avx2) {
+            const words left = a - words{};  // a in each lane, -0 too
+            if constexpr (sizeof(T) == 4)
+                asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(left));
+            else
+                asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(left));
+            return sum;
+        }
+#endif
+        return sum + a * b;
+    }
 };
 
 /// Two elements a word, the lower one first.

@@ -57,52 +57,123 @@ struct TileCall {
 
 namespace part {
 
-/// One step of the depth. The row pointers stand three rows apart: the addressing modes reach the two between.
-template <class T, int Rows, int Panels, class Sums, class Pointers>
-[[gnu::always_inline]] inline void tile_step(Sums& sum, const Pointers& a, index_t a_row,
-                                             const typename Format<T>::word* b, index_t b_panel) {
+/// Steps of the depth that a round of the loop takes: what a round does beside them is shared. Processors that start
+/// four instructions a cycle have none to spare; more than two steps are slower again.
+inline constexpr int round_steps = 2;
+/// Steps ahead of which a panel is fetched into the first-level cache, and its bytes of one.
+inline constexpr int panel_steps_ahead = 24, panel_step_bytes = panel_vectors * vector_bytes;
+
+/// Where a tile reads its rows of the left operand: along them, or across, so that neighbours are of one step.
+template <class T, int Rows, bool Across>
+struct LeftRows {
+    using word = typename Format<T>::word;
+    // The pointers stand three rows apart: the addressing modes reach the two between. The compiler is not told how
+    // they come from each other, or it would work them out anew for every step.
+    static constexpr int pointers = Across ? 1 : (Rows + 2) / 3;
+    const word* at[pointers];
+    index_t stride, two_strides;  // from one row, or one step, to the next
+
+    [[gnu::always_inline]] explicit LeftRows(const TileCall<T>& call)
+        : stride(Across ? call.a_step : call.a_row), two_strides(2 * stride) {
+#pragma GCC unroll 4
+        for (int i = 0; i < pointers; ++i) {
+            at[i] = call.a + 3 * i * call.a_row;
+            unrelated(at[i]);
+        }
+        unrelated(stride);
+        unrelated(two_strides);
+    }
+    /// Row `r` of step number `step` of a round.
+    [[gnu::always_inline]] word get(int r, int step) const {
+        if constexpr (Across) return at[0][r];
+        return at[r / 3][(r % 3 == 0 ? 0 : r % 3 == 1 ? stride : two_strides) + step];
+    }
+    [[gnu::always_inline]] void end_step() {
+        if constexpr (Across) {
+            at[0] += stride;
+            unrelated(at[0]);
+        }
+    }
+    [[gnu::always_inline]] void end_round(int steps) {
+        if constexpr (!Across) {
+#pragma GCC unroll 4
+            for (auto& pointer : at) {
+                pointer += steps;
+                unrelated(pointer);
+            }
+        }
+    }
+
+private:
+    template <class Scalar>
+    [[gnu::always_inline]] static void unrelated(Scalar& s) {
+        asm("" : "+r"(s));
+    }
+};
+
+/// One step of the depth.
+template <class T, int Rows, int Panels, class Sums, class Left>
+[[gnu::always_inline]] inline void tile_step(Sums& sum, const Left& a, int step, const typename Format<T>::word* b,
+                                             index_t b_panel) {
     using F = Format<T>;
     constexpr int lanes = Simd<typename F::sum>::lanes, vectors = panel_vectors * Panels;
     typename F::words right[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
         typename F::words one;
-        std::memcpy(&one, b + v / panel_vectors * b_panel + v % panel_vectors * lanes, sizeof one);
+        std::memcpy(&one, b + v / panel_vectors * b_panel + (step * panel_vectors + v % panel_vectors) * lanes,
+                    sizeof one);
         if constexpr (Rows > 1) in_register(one);  // g++ would load it again for each row
         right[v] = one;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-        const typename F::word left = a[r / 3][r % 3 * a_row];
+        const typename F::word left = a.get(r, step);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[r][v] = F::madd(sum[r][v], left, right[v]);
     }
 }
 
-/// One line for a step that brings nearer up to a line, two for one that must keep up with a single tile.
-[[gnu::always_inline]] inline void bring_nearer(const char* next, index_t stride) {
+/// Brings nearer what `steps` steps ask for: one line for a step that asks for up to a line, two for one that must keep
+/// up with a single tile. Steps that ask for less than a line together have one.
+template <int steps>
+[[gnu::always_inline]] inline void bring_nearer(const char*& next, index_t stride) {
     __builtin_prefetch(next, 0, 2);
-    if (stride > 64) __builtin_prefetch(next + 64, 0, 2);
+    if (steps == 1 || stride * steps > 64) {
+        if (stride > 64) __builtin_prefetch(next + 64, 0, 2);
+#pragma GCC unroll 4
+        for (int i = 1; i < steps; ++i) {
+            __builtin_prefetch(next + i * stride, 0, 2);
+            if (stride > 64) __builtin_prefetch(next + i * stride + 64, 0, 2);
+        }
+    }
+    next += steps * stride;
 }
 
 /// Steps of the depth, past which the pointers are moved. A tile of few rows may bring nothing nearer.
-template <class T, int Rows, int Panels, bool Brings = true, class Sums, class Pointers>
-[[gnu::always_inline]] inline void tile_steps(Sums& sum, Pointers& a, index_t a_row, index_t a_step,
-                                              const typename Format<T>::word*& b, index_t b_panel, index_t steps,
-                                              const char*& next, index_t next_stride) {
+template <class T, int Rows, int Panels, bool Brings = true, class Sums, class Left>
+[[gnu::always_inline]] inline void tile_steps(Sums& sum, Left& a, const typename Format<T>::word*& b, index_t b_panel,
+                                              index_t steps, const char*& next, index_t next_stride) {
     if constexpr (Brings && Rows <= few_rows)
         if (next == nullptr)
-            return tile_steps<T, Rows, Panels, false>(sum, a, a_row, a_step, b, b_panel, steps, next, next_stride);
-    for (index_t p = 0; p < steps; ++p) {
-        if constexpr (Brings) {
-            bring_nearer(next, next_stride);
-            next += next_stride;
-        }
-        tile_step<T, Rows, Panels>(sum, a, a_row, b, b_panel);
+            return tile_steps<T, Rows, Panels, false>(sum, a, b, b_panel, steps, next, next_stride);
+    const auto round = [&]<int count>(std::integral_constant<int, count>) __attribute__((always_inline)) {
+        if constexpr (Brings) bring_nearer<count>(next, next_stride);
 #pragma GCC unroll 4
-        for (auto& pointer : a) pointer += a_step;
-        b += panel_width<T>;
-    }
+        for (int i = 0; i < count; ++i) {
+            if constexpr (Rows > few_rows)
+                for (int line = 0; line < panel_step_bytes; line += 64)
+                    __builtin_prefetch(
+                        reinterpret_cast<const char*>(b) + (i + panel_steps_ahead) * panel_step_bytes + line, 0, 3);
+            tile_step<T, Rows, Panels>(sum, a, i, b, b_panel);
+            a.end_step();
+        }
+        a.end_round(count);
+        b += count * panel_width<T>;
+    };
+    index_t p = 0;
+    for (; p + round_steps <= steps; p += round_steps) round(std::integral_constant<int, round_steps>{});
+    for (; p < steps; ++p) round(std::integral_constant<int, 1>{});
 }
 
 /// The tile of int8: integers within a group, then c += a_scale b_scale (their dot products). The registers are full of
@@ -111,13 +182,12 @@ template <int Rows, int Panels>
 void grouped_tile(const TileCall<std::int8_t>& call) {
     using F = Format<std::int8_t>;
     using S = Simd<float>;
-    constexpr int lanes = S::lanes, vectors = panel_vectors * Panels, pointers = (Rows + 2) / 3;
+    constexpr int lanes = S::lanes, vectors = panel_vectors * Panels;
 
-    const F::word *a[pointers], *b = call.b;
-#pragma GCC unroll 4
-    for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
+    LeftRows<std::int8_t, Rows, false> a(call);
+    const F::word* b = call.b;
     // Copies: what is written to c could be the call, for all that the compiler knows.
-    const index_t a_row = call.a_row, b_panel = call.b_panel, c_row = call.c_row, steps = call.steps;
+    const index_t b_panel = call.b_panel, c_row = call.c_row, steps = call.steps;
     const index_t groups = call.groups, b_groups = call.b_groups, next_stride = call.next_stride;
     const float *a_scale = call.a_scale, *b_scale = call.b_scale;
     const std::int32_t* a_begin = call.a_begin;
@@ -134,7 +204,7 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
         const index_t here = std::min(steps - begin, index_t{F::group_steps});
-        tile_steps<std::int8_t, Rows, Panels>(whole, a, a_row, 1, b, b_panel, here, next, next_stride);
+        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride);
         S::vec scale[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
@@ -159,7 +229,7 @@ template <class T, int Rows, int Panels>
 void plain_tile(const TileCall<T>& call) {
     using F = Format<T>;
     using S = Simd<typename F::sum>;
-    constexpr int lanes = S::lanes, vectors = panel_vectors * Panels, pointers = (Rows + 2) / 3;
+    constexpr int lanes = S::lanes, vectors = panel_vectors * Panels;
 
     typename S::vec sum[Rows][vectors] = {};
     if (call.add) {
@@ -169,11 +239,15 @@ void plain_tile(const TileCall<T>& call) {
             for (int v = 0; v < vectors; ++v) sum[r][v] = load(call.c + r * call.c_row + v * lanes);
     }
 
-    const typename F::word *a[pointers], *b = call.b;
-#pragma GCC unroll 4
-    for (int i = 0; i < pointers; ++i) a[i] = call.a + 3 * i * call.a_row;
-    const char* next = call.next;
-    tile_steps<T, Rows, Panels>(sum, a, call.a_row, call.a_step, b, call.b_panel, call.steps, next, call.next_stride);
+    const auto multiply = [&](auto a) __attribute__((always_inline)) {
+        const typename F::word* b = call.b;
+        const char* next = call.next;
+        tile_steps<T, Rows, Panels>(sum, a, b, call.b_panel, call.steps, next, call.next_stride);
+    };
+    if (call.a_step == 1)
+        multiply(LeftRows<T, Rows, false>(call));
+    else if constexpr (F::per_word == 1)
+        multiply(LeftRows<T, Rows, true>(call));
 
     const auto write = [&](auto&& one) __attribute__((always_inline)) {
 #pragma GCC unroll 12
