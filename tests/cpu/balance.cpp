@@ -47,7 +47,7 @@ struct Seen {
 }  // namespace
 
 TEST_CASE("Sums of probabilities and the z-loss agree with plain sums in every instruction set") {
-    for (const Isa isa : {Isa::compiled, Isa::avx2, Isa::avx512, Isa::avx512_dot})
+    for (const Isa isa : {Isa::compiled, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16})
         for (const index_t experts : {1, 3, 8, 17, 64, 65, 160, 257}) {
             if (!has_isa(isa)) continue;
             CAPTURE(name_of(isa));

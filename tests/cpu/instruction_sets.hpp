@@ -11,7 +11,7 @@ namespace steelyard::testing {
 inline std::vector<Isa> instruction_sets() {
     std::vector<Isa> all = {Isa::compiled};
 #if defined(STEELYARD_CPU_DISPATCHES)
-    for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_dot})
+    for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16})
         if (isa > compiled_isa && has_isa(isa)) all.push_back(isa);
 #endif
     return all;

@@ -86,9 +86,9 @@ private:
     static void with_format(const Cpu& device, PackedFormat format, Body&& body) {
         if constexpr (std::is_same_v<T, float>) {
             if (format == PackedFormat::bf16)
-                return with_dot_kernels(device.isa, [&](auto kernels) { body(kernels, bf16{}); });
+                return with_kernels<bf16>(device.isa, [&](auto kernels) { body(kernels, bf16{}); });
             if (format == PackedFormat::int8)
-                return with_dot_kernels(device.isa, [&](auto kernels) { body(kernels, std::int8_t{}); });
+                return with_kernels<std::int8_t>(device.isa, [&](auto kernels) { body(kernels, std::int8_t{}); });
         }
         with_kernels(device.isa, [&](auto kernels) { body(kernels, T{}); });
     }

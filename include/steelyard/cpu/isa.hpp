@@ -11,14 +11,15 @@ namespace steelyard {
 ///     compiled    what the compiler was told of (-march=...): NEON on AArch64, SSE2 on x86-64 by default
 ///     avx2        AVX2 and FMA: x86-64-v3, Haswell and Zen and later
 ///     avx512      AVX-512 F, BW, DQ, VL: x86-64-v4, Skylake-X and Zen 4 and later
-///     avx512_dot  and its dot products of bf16 and int8 (BF16, VNNI): Sapphire Rapids and Zen 4 and later
+///     avx512_vnni and its dot products of int8 (VNNI): Cascade Lake and Ice Lake
+///     avx512_bf16 and of bf16 (BF16): Sapphire Rapids and Zen 4 and later
 ///
 /// An instruction set that the compiler was told of anyway is `compiled`; asking for one below it gives `compiled` too.
 /// Bits of results differ from one to another, as between compilers.
-enum class Isa { automatic, compiled, avx2, avx512, avx512_dot };
+enum class Isa { automatic, compiled, avx2, avx512, avx512_vnni, avx512_bf16 };
 
 [[nodiscard]] constexpr std::string_view name_of(Isa isa) {
-    constexpr std::string_view names[] = {"automatic", "compiled", "avx2", "avx512", "avx512_dot"};
+    constexpr std::string_view names[] = {"automatic", "compiled", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
     return names[static_cast<int>(isa)];
 }
 
@@ -26,7 +27,9 @@ enum class Isa { automatic, compiled, avx2, avx512, avx512_dot };
 inline constexpr Isa compiled_isa =
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && \
     defined(__AVX512DQ__)
-    Isa::avx512_dot;
+    Isa::avx512_bf16;
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+    Isa::avx512_vnni;
 #elif defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
     Isa::avx512;
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -42,8 +45,9 @@ inline constexpr Isa compiled_isa =
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool dot = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-    return isa == Isa::avx2 ? avx2 : isa == Isa::avx512 ? avx512 : dot;
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    return isa == Isa::avx2 ? avx2 : isa == Isa::avx512 ? avx512 : isa == Isa::avx512_vnni ? vnni : bf16;
 #else
     return false;
 #endif
@@ -51,12 +55,24 @@ inline constexpr Isa compiled_isa =
 
 /// The instruction set that kernels run on when `isa` is asked for.
 [[nodiscard]] inline Isa resolve_isa(Isa isa) {
-    static const Isa best = has_isa(Isa::avx512_dot) ? Isa::avx512_dot
-                            : has_isa(Isa::avx512)   ? Isa::avx512
-                            : has_isa(Isa::avx2)     ? Isa::avx2
-                                                     : Isa::compiled;
+    static const Isa best = [] {
+        for (const Isa one : {Isa::avx512_bf16, Isa::avx512_vnni, Isa::avx512, Isa::avx2})
+            if (has_isa(one)) return one;
+        return Isa::compiled;
+    }();
     if (isa == Isa::automatic) isa = best;
     return isa <= compiled_isa ? Isa::compiled : isa;
+}
+
+/// Whether the processor reads a run of addresses faster when it is told ahead. An Intel Cascade Lake does, by 7 to 20 %;
+/// an AMD Zen 4 took up to a third longer.
+[[nodiscard]] inline bool fetches_runs() {
+#if defined(__x86_64__)
+    static const bool intel = __builtin_cpu_is("intel") != 0;
+    return intel;
+#else
+    return false;
+#endif
 }
 
 }  // namespace steelyard

@@ -67,32 +67,21 @@ namespace steelyard::cpu {
 template <class T>
 inline constexpr index_t widest_pack_room = pack_room<T> / vector_bytes * 64;
 
-/// Calls body(Kernels) with the kernels of an instruction set, or of the best one that the machine has, for the
-/// elements that a layer computes with. Dot products of fewer bits are no use to them: one instruction set fewer to
-/// compile for.
-template <class Body>
+/// Calls body(Kernels) with the kernels of an instruction set, or of the best one that the machine has, for products of
+/// the format F: the elements that a layer computes with, bf16 or int8. Dot products of fewer bits are no use to the
+/// first: one instruction set fewer to compile for.
+template <class F = float, class Body>
 decltype(auto) with_kernels([[maybe_unused]] Isa isa, Body&& body) {
 #if defined(STEELYARD_CPU_DISPATCHES)
-    switch (resolve_isa(isa)) {
-        case Isa::avx2:
-            return body(avx2::Kernels{});
-        case Isa::avx512:
-        case Isa::avx512_dot:
-            return body(avx512::Kernels{});
-        default:
-            break;
-    }
+    const Isa resolved = resolve_isa(isa);
+    // Kernels of int8 take no instruction of BF16.
+    if constexpr (std::is_same_v<F, bf16> || std::is_same_v<F, std::int8_t>)
+        if (resolved >= (std::is_same_v<F, bf16> ? Isa::avx512_bf16 : Isa::avx512_vnni))
+            return body(avx512_bf16::Kernels{});
+    if (resolved >= Isa::avx512) return body(avx512::Kernels{});
+    if (resolved == Isa::avx2) return body(avx2::Kernels{});
 #endif
     return body(Kernels{});
-}
-
-/// The same for bf16 and int8.
-template <class Body>
-decltype(auto) with_dot_kernels(Isa isa, Body&& body) {
-#if defined(STEELYARD_CPU_DISPATCHES)
-    if (resolve_isa(isa) == Isa::avx512_dot) return body(avx512_dot::Kernels{});
-#endif
-    return with_kernels(isa, std::forward<Body>(body));
 }
 
 }  // namespace steelyard::cpu

@@ -14,10 +14,37 @@ template <class Vector, class Element>
 
 /// words[0 .. words_of(n)) = from[0 .. n), rounded to bf16; an element beyond the last one is 0.
 inline void write_row(const float* from, index_t n, const Operand<bf16>& to, index_t row) {
-    auto* const words = reinterpret_cast<std::uint16_t*>(to.words + row * to.stride);
     constexpr index_t lanes = Simd<float>::lanes;
-    for (index_t j = 0; j < n; j += lanes) store_narrow(words + j, bf16_halves(load_some(from + j, n - j)), n - j);
-    if (n % 2 != 0) words[n] = 0;
+    auto* const words = to.words + row * to.stride;
+    for (index_t j = 0; j < n; j += lanes) {
+        const auto v = load_some(from + j, n - j);
+        const index_t count = (n - j + 1) / 2 * 2;  // whole words
+        if constexpr (Format<bf16>::dots) {
+            Simd<float>::halves rounded = {};
+#if defined(__x86_64__)
+            asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+#endif
+            store_narrow(reinterpret_cast<std::uint16_t*>(words) + j, rounded, count);
+        } else {
+            store_narrow(reinterpret_cast<std::uint32_t*>(words) + j, bf16_rounded(v), count);
+        }
+    }
+}
+
+/// Integers of 8 bits into words of four, the last one filled up with zeros that `q` has behind its `count` elements.
+inline void store_int8(const Simd<float>::ints& q, index_t j, index_t count, Format<std::int8_t>::left* words) {
+    count = (count + 3) / 4 * 4;
+    if constexpr (Format<std::int8_t>::pairs) {
+        using shorts = Simd<float>::shorts;
+        const auto narrow = __builtin_convertvector(q, shorts);
+        constexpr int lanes = Simd<float>::lanes;
+        const auto paired = [&]<std::size_t... I>(std::index_sequence<I...>) {
+            return __builtin_shufflevector(narrow, narrow, (I / 4 * 4 + I % 2 * 2 + I / 2 % 2)...);
+        }(std::make_index_sequence<lanes>{});
+        store_narrow(reinterpret_cast<std::int16_t*>(words) + j, paired, count);
+    } else {
+        store_narrow(reinterpret_cast<std::int8_t*>(words) + j, __builtin_convertvector(q, Simd<float>::bytes), count);
+    }
 }
 
 /// The same rounded to whole multiples of a scale for each group, the largest magnitude / 127. A group with a NaN or an
@@ -25,7 +52,6 @@ inline void write_row(const float* from, index_t n, const Operand<bf16>& to, ind
 inline void write_row(const float* from, index_t n, const Operand<std::int8_t>& to, index_t row) {
     using S = Simd<float>;
     constexpr index_t lanes = S::lanes;
-    auto* const bytes = reinterpret_cast<std::int8_t*>(to.words + row * to.stride);
     for (index_t j0 = 0, g = 0; j0 < n; j0 += int8_group, ++g) {
         const index_t j1 = std::min(n, j0 + int8_group);
         S::bits most = {};  // magnitudes of floats are ordered like their bits, infinity and NaN above all numbers
@@ -47,14 +73,13 @@ inline void write_row(const float* from, index_t n, const Operand<std::int8_t>& 
             // The nearest integer: adding and taking away 1.5 * 2^23 leaves no fraction.
             const S::ints q = __builtin_convertvector((v + 12582912.0f) - 12582912.0f, S::ints);
             total += q;
-            store_narrow(bytes + j, __builtin_convertvector(q, S::bytes), j1 - j);
+            store_int8(q, j, j1 - j, to.words + row * to.stride);
         }
         std::int32_t sum = 0;
         for (index_t lane = 0; lane < lanes; ++lane) sum += total[lane];
         to.scale[row * to.groups + g] = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
         to.beginning[row * to.groups + g] = -128 * sum;
     }
-    for (index_t j = n; j % 4 != 0; ++j) bytes[j] = 0;
 }
 
 }  // namespace part
@@ -70,8 +95,10 @@ void write_operand(const float* from, index_t stride, index_t rows, index_t n, c
 template <class T>
 [[nodiscard]] Operand<T> place_operand(std::byte* memory, index_t rows, index_t n) {
     Operand<T> operand;
-    operand.words = reinterpret_cast<typename Format<T>::word*>(memory);
-    operand.stride = (words_of<T>(n) + 15) / 16 * 16 + 16;  // rows at a power of two would share few sets of the cache
+    using left = typename Format<T>::left;
+    operand.words = reinterpret_cast<left*>(memory);
+    // Rows at a power of two would share few sets of the cache.
+    operand.stride = (words_of<T>(n) + 15) / 16 * 16 + 64 / index_t{sizeof(left)};
     if constexpr (Format<T>::grouped) {
         operand.groups = (n + int8_group - 1) / int8_group;
         operand.scale = reinterpret_cast<float*>(operand.words + rows * operand.stride);

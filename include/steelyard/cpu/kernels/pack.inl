@@ -121,7 +121,7 @@ void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last
             const index_t count = last - q >= wanted ? wanted : 1;
             const word* const b = right.stored + q * apart + begin * panel_width<T>;
             body(q, count, b, apart,
-                 rows <= few_rows ? Ahead{}
+                 rows <= few_rows ? Ahead{.few_rows = right.out_of_cache() && fetches_runs() ? part::memory_ahead : 0}
                                   : Ahead::run(b + count * apart,
                                                count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
             q += count;

@@ -5,7 +5,7 @@ inline constexpr int panel_vectors = 2;
 /// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
 inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
 /// Rows of a tile that takes less time than its panel takes to come from memory. The processor fetches what is read in
-/// order by itself, and faster where nothing else is asked for.
+/// order by itself, and mostly faster where nothing else is asked for: see fetches_runs.
 inline constexpr int few_rows = register_rows / 2;
 
 /// Columns of a panel.
@@ -15,7 +15,7 @@ inline constexpr index_t panel_width = panel_vectors* Simd<typename Format<T>::s
 /// Rows of the left operand, as their format has them.
 template <class T>
 struct Operand {
-    typename Format<T>::word* words = nullptr;  // [rows, steps]
+    typename Format<T>::left* words = nullptr;  // [rows, steps]
     index_t stride = 0;                         // words from one row to the next
     // Of int8, for each group of steps: what a word's elements are multiplied by, and what their sums begin with.
     float* scale = nullptr;             // [rows, groups]
@@ -29,7 +29,7 @@ template <class T>
 struct TileCall {
     using F = Format<T>;
     index_t steps = 0;                    // words of depth
-    const typename F::word* a = nullptr;  // row r, step p at a[r * a_row + p * a_step]
+    const typename F::left* a = nullptr;  // row r, step p at a[r * a_row + p * a_step]
     index_t a_row = 0, a_step = 1;
     const typename F::word* b = nullptr;  // panels of [steps][panel_width], b_panel words from one to the next
     index_t b_panel = 0;
@@ -42,9 +42,10 @@ struct TileCall {
     const std::int32_t* a_begin = nullptr;               // [rows, groups]
     index_t groups = 0, b_groups = 0;                    // from one row, and one panel, to the next
     // What is needed next: with each step an address is brought nearer, `next_stride` bytes from one to the next. Null
-    // for few_rows: nothing.
+    // for few_rows: nothing, and nothing of the panel.
     const char* next = nullptr;
     index_t next_stride = 0;
+    index_t few_rows_ahead = 0;  // bytes ahead of which few_rows fetch their panel into the first-level cache
 
     void skip(index_t rows) {
         a += rows * a_row;
@@ -60,13 +61,15 @@ namespace part {
 /// Steps of the depth that a round of the loop takes: what a round does beside them is shared. Processors that start
 /// four instructions a cycle have none to spare; more than two steps are slower again.
 inline constexpr int round_steps = 2;
-/// Steps ahead of which a panel is fetched into the first-level cache, and its bytes of one.
-inline constexpr int panel_steps_ahead = 24, panel_step_bytes = panel_vectors * vector_bytes;
+/// Bytes of a panel's step, and those ahead of which it is fetched into the first-level cache: from the second level,
+/// and, for few rows, from memory.
+inline constexpr index_t panel_step_bytes = index_t{panel_vectors} * vector_bytes;
+inline constexpr index_t second_level_ahead = 24 * panel_step_bytes, memory_ahead = 48 * panel_step_bytes;
 
 /// Where a tile reads its rows of the left operand: along them, or across, so that neighbours are of one step.
 template <class T, int Rows, bool Across>
 struct LeftRows {
-    using word = typename Format<T>::word;
+    using word = typename Format<T>::left;
     // The pointers stand three rows apart: the addressing modes reach the two between. The compiler is not told how
     // they come from each other, or it would work them out anew for every step.
     static constexpr int pointers = Across ? 1 : (Rows + 2) / 3;
@@ -84,7 +87,7 @@ struct LeftRows {
         unrelated(two_strides);
     }
     /// Row `r` of step number `step` of a round.
-    [[gnu::always_inline]] word get(int r, int step) const {
+    [[gnu::always_inline]] const word& get(int r, int step) const {
         if constexpr (Across) return at[0][r];
         return at[r / 3][(r % 3 == 0 ? 0 : r % 3 == 1 ? stride : two_strides) + step];
     }
@@ -128,7 +131,7 @@ template <class T, int Rows, int Panels, class Sums, class Left>
     }
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-        const typename F::word left = a.get(r, step);
+        const typename F::left& left = a.get(r, step);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[r][v] = F::madd(sum[r][v], left, right[v]);
     }
@@ -153,18 +156,20 @@ template <int steps>
 /// Steps of the depth, past which the pointers are moved. A tile of few rows may bring nothing nearer.
 template <class T, int Rows, int Panels, bool Brings = true, class Sums, class Left>
 [[gnu::always_inline]] inline void tile_steps(Sums& sum, Left& a, const typename Format<T>::word*& b, index_t b_panel,
-                                              index_t steps, const char*& next, index_t next_stride) {
+                                              index_t steps, const char*& next, index_t next_stride,
+                                              index_t few_rows_ahead) {
     if constexpr (Brings && Rows <= few_rows)
         if (next == nullptr)
-            return tile_steps<T, Rows, Panels, false>(sum, a, b, b_panel, steps, next, next_stride);
+            return tile_steps<T, Rows, Panels, false>(sum, a, b, b_panel, steps, next, next_stride, 0);
+    const index_t panel_ahead = Rows <= few_rows ? few_rows_ahead : second_level_ahead;
     const auto round = [&]<int count>(std::integral_constant<int, count>) __attribute__((always_inline)) {
         if constexpr (Brings) bring_nearer<count>(next, next_stride);
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) {
-            if constexpr (Rows > few_rows)
-                for (int line = 0; line < panel_step_bytes; line += 64)
-                    __builtin_prefetch(
-                        reinterpret_cast<const char*>(b) + (i + panel_steps_ahead) * panel_step_bytes + line, 0, 3);
+            if constexpr (Brings)
+                for (index_t line = 0; line < panel_step_bytes; line += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(b) + i * panel_step_bytes + line + panel_ahead, 0,
+                                       3);
             tile_step<T, Rows, Panels>(sum, a, i, b, b_panel);
             a.end_step();
         }
@@ -189,6 +194,7 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
     // Copies: what is written to c could be the call, for all that the compiler knows.
     const index_t b_panel = call.b_panel, c_row = call.c_row, steps = call.steps;
     const index_t groups = call.groups, b_groups = call.b_groups, next_stride = call.next_stride;
+    const index_t few_rows_ahead = call.few_rows_ahead;
     const float *a_scale = call.a_scale, *b_scale = call.b_scale;
     const std::int32_t* a_begin = call.a_begin;
     const char* next = call.next;
@@ -204,7 +210,8 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
         const index_t here = std::min(steps - begin, index_t{F::group_steps});
-        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride);
+        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride,
+                                               few_rows_ahead);
         S::vec scale[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
@@ -242,7 +249,7 @@ void plain_tile(const TileCall<T>& call) {
     const auto multiply = [&](auto a) __attribute__((always_inline)) {
         const typename F::word* b = call.b;
         const char* next = call.next;
-        tile_steps<T, Rows, Panels>(sum, a, b, call.b_panel, call.steps, next, call.next_stride);
+        tile_steps<T, Rows, Panels>(sum, a, b, call.b_panel, call.steps, next, call.next_stride, call.few_rows_ahead);
     };
     if (call.a_step == 1)
         multiply(LeftRows<T, Rows, false>(call));
@@ -303,12 +310,13 @@ struct Ahead {
     const void* from[2] = {};  // of the first and the second half of the tiles, or of the first two alone
     index_t step = 0;          // bytes from one address to the next
     bool first_two = false;
+    index_t few_rows = 0;  // TileCall::few_rows_ahead
 
     /// A run of bytes, by all tiles.
     static Ahead run(const void* from, index_t bytes, index_t rows, index_t steps) {
         const index_t count = (rows + register_rows - 1) / register_rows;
         const index_t half = (count + 1) / 2 * steps, step = bytes / std::max<index_t>(1, count * steps);
-        return {{from, static_cast<const char*>(from) + half * step}, step, false};
+        return {{from, static_cast<const char*>(from) + half * step}, step, false, 0};
     }
 };
 
@@ -326,10 +334,11 @@ void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = 
         const bool some = part < 2 && ahead.from[part] != nullptr;
         call.next = nullptr;
         call.next_stride = 0;
+        call.few_rows_ahead = ahead.few_rows;
         if (some) {
             call.next = static_cast<const char*>(ahead.from[part]) + i % half * call.steps * ahead.step;
             call.next_stride = ahead.step;
-        } else if (end - row > few_rows) {  // an address that costs nothing
+        } else if (end - row > few_rows || ahead.few_rows > 0) {  // an address that costs nothing
             call.next = reinterpret_cast<const char*>(call.b);
         }
         before(row, end);

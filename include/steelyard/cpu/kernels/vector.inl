@@ -12,6 +12,7 @@ struct Simd<float> {
     typedef std::uint32_t bits __attribute__((vector_size(vector_bytes)));
     typedef std::int32_t ints __attribute__((vector_size(vector_bytes)));
     typedef std::uint16_t halves __attribute__((vector_size(vector_bytes / 2)));
+    typedef std::int16_t shorts __attribute__((vector_size(vector_bytes / 2)));
     typedef std::int8_t bytes __attribute__((vector_size(vector_bytes / 4)));
     static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(float));
 };

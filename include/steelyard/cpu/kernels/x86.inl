@@ -58,18 +58,18 @@ using cpu::Kernels;
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #endif
-namespace steelyard::cpu::avx512_dot {
+namespace steelyard::cpu::avx512_bf16 {
 inline constexpr int vector_bytes = 64, vector_registers = 32;
-inline constexpr Isa kernel_isa = Isa::avx512_dot;
+inline constexpr Isa kernel_isa = Isa::avx512_bf16;
 #include "steelyard/cpu/kernels/all.inl"
-}  // namespace steelyard::cpu::avx512_dot
+}  // namespace steelyard::cpu::avx512_bf16
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
 #else
-namespace steelyard::cpu::avx512_dot {
+namespace steelyard::cpu::avx512_bf16 {
 using cpu::Kernels;
 }
 #endif
