@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <iterator>
 #include <string>
 
 #include "cpu/instruction_sets.hpp"
@@ -24,7 +25,7 @@ TEST_CASE("a device has an instruction set that the machine has, or is refused b
             CHECK(status.message() == "steelyard: device: isa: expected an instruction set of this machine, came " +
                                           std::string(name_of(isa)));
     }
-    for (const int unknown : {-1, 5, 1000})
+    for (const int unknown : {-1, static_cast<int>(std::size(every)), 1000})
         CHECK(Cpu{.isa = static_cast<Isa>(unknown)}.check().message() ==
               "steelyard: device: isa: expected an instruction set of this machine, came an unknown one");
     CHECK(Cpu{.threads = 0, .isa = Isa::compiled}.check().message() ==

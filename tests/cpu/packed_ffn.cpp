@@ -247,3 +247,18 @@ TEST_CASE("weights of fewer bits: tall tiles of narrow rows") {
                 CHECK(relative_difference(one, full) <= 4e-2);
             }
 }
+
+TEST_CASE("weights of int8: instruction sets of one width differ in their dot products, and in no bit") {
+    FfnCase c{.rows = {1, 3, 13}, .width = 530, .hidden = 70, .function = Activation::silu, .gated = true};
+    const auto run = [&](FfnRun<float>& of, Isa isa) {
+        const Cpu device{.isa = isa};
+        of.forward(device, of.pack(device, PackedFor::inference, false, PackedFormat::int8), of.kept(), of.rows.v);
+    };
+    for (const Isa isa : instruction_sets()) {
+        if (isa <= Isa::avx512) continue;
+        CAPTURE(name_of(isa));
+        FfnRun<float> pairs(c), dots(c);
+        run(pairs, Isa::avx512), run(dots, isa);
+        check_same(dots, pairs);
+    }
+}
