@@ -329,14 +329,15 @@ struct Nothing {
 template <class T, class Before = Nothing>
 void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
     const index_t count = (rows + register_rows - 1) / register_rows, half = ahead.first_two ? 1 : (count + 1) / 2;
+    const index_t each = count > 1 ? rows / count : rows, longer = rows - count * each;  // divisions are slow
     for (index_t i = 0, row = 0; i < count; ++i) {
-        const index_t end = rows * (i + 1) / count, part = i / half;
+        const index_t end = row + each + (i < longer ? 1 : 0), part = i < half ? 0 : i < 2 * half ? 1 : 2;
         const bool some = part < 2 && ahead.from[part] != nullptr;
         call.next = nullptr;
         call.next_stride = 0;
         call.few_rows_ahead = ahead.few_rows;
         if (some) {
-            call.next = static_cast<const char*>(ahead.from[part]) + i % half * call.steps * ahead.step;
+            call.next = static_cast<const char*>(ahead.from[part]) + (i - part * half) * call.steps * ahead.step;
             call.next_stride = ahead.step;
         } else if (end - row > few_rows || ahead.few_rows > 0) {  // an address that costs nothing
             call.next = reinterpret_cast<const char*>(call.b);
