@@ -16,11 +16,9 @@ inline constexpr index_t hidden_block = 512;
 /// Elements between the end of a gathered row and the next: rows at a power of two would share few sets of the cache.
 template <class T>
 inline constexpr index_t row_gap = 64 / static_cast<index_t>(sizeof(T));
-/// Elements of the panels that a weight gradient reads over and over: three quarters of a second-level cache.
+/// Elements of the panels that a weight gradient reads over and over.
 template <class T>
-inline constexpr index_t gathered_panels = index_t{768} * 1024 / static_cast<index_t>(sizeof(T));
-/// Activations of more bytes than this are out of every cache before backward reads them.
-inline constexpr index_t past_caches_bytes = index_t{16} << 20;
+inline constexpr index_t gathered_panels = gathered_panels_bytes / static_cast<index_t>(sizeof(T));
 /// Most rows of a call whose work is cut by columns, for there are too few experts to keep the threads busy.
 inline constexpr index_t split_rows = 256;
 
@@ -91,8 +89,7 @@ protected:
     /// Rows of a tile: what is gathered of them and their output share the second-level cache, and the weights are read
     /// once for all of them.
     [[nodiscard]] index_t height() const {
-        constexpr index_t bytes = 9 << 17;
-        return std::clamp<index_t>(bytes / static_cast<index_t>(sizeof(T)) / (2 * width_), 48, tile_rows);
+        return std::clamp<index_t>(tile_rows_bytes / static_cast<index_t>(sizeof(T)) / (2 * width_), 48, tile_rows);
     }
 
     /// Whether the hidden layer of all rows is more than caches hold.

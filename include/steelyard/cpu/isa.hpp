@@ -11,8 +11,8 @@ namespace steelyard {
 ///     compiled    what the compiler was told of (-march=...): NEON on AArch64, SSE2 on x86-64 by default
 ///     avx2        AVX2 and FMA: x86-64-v3, Haswell and Zen and later
 ///     avx512      AVX-512 F, BW, DQ, VL: x86-64-v4, Skylake-X and Zen 4 and later
-///     avx512_vnni and its dot products of int8 (VNNI): Cascade Lake and Ice Lake
-///     avx512_bf16 and of bf16 (BF16): Sapphire Rapids and Zen 4 and later
+///     avx512_vnni and its dot products of int8 (VNNI): Cascade Lake and Ice Lake and later
+///     avx512_bf16 and those of bf16 (BF16): Sapphire Rapids and Zen 4 and later
 ///
 /// An instruction set that the compiler was told of anyway is `compiled`; asking for one below it gives `compiled` too.
 /// Bits of results differ from one to another, as between compilers.
@@ -62,17 +62,6 @@ inline constexpr Isa compiled_isa =
     }();
     if (isa == Isa::automatic) isa = best;
     return isa <= compiled_isa ? Isa::compiled : isa;
-}
-
-/// Whether the processor reads a run of addresses faster when it is told ahead. An Intel Cascade Lake does, by 7 to 20 %;
-/// an AMD Zen 4 took up to a third longer.
-[[nodiscard]] inline bool fetches_runs() {
-#if defined(__x86_64__)
-    static const bool intel = __builtin_cpu_is("intel") != 0;
-    return intel;
-#else
-    return false;
-#endif
 }
 
 }  // namespace steelyard

@@ -23,6 +23,7 @@
 
 #include "steelyard/core/bf16.hpp"
 #include "steelyard/core/view.hpp"
+#include "steelyard/cpu/caches.hpp"
 #include "steelyard/cpu/isa.hpp"
 #include "steelyard/cpu/lanes.hpp"
 #include "steelyard/cpu/router_call.hpp"
@@ -33,10 +34,20 @@ namespace steelyard::cpu {
 /// Inputs that share a scale with each output column, in weights of 8 bits.
 inline constexpr index_t int8_group = 256;
 
-/// The kernels for what the compiler was told of. A namespace for each width, so that two units never mean two things.
+/// The kernels for what the compiler was told of. A namespace for each set of them, so that two units never mean two
+/// things.
 #if defined(__AVX512F__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+inline namespace compiled_avx512_bf16 {
+#elif defined(__AVX512VNNI__)
+inline namespace compiled_avx512_vnni {
+#else
 inline namespace compiled_avx512 {
+#endif
 inline constexpr int vector_bytes = 64, vector_registers = 32;
+#elif defined(__AVX2__) && defined(__FMA__)
+inline namespace compiled_avx2 {
+inline constexpr int vector_bytes = 32, vector_registers = 16;
 #elif defined(__AVX__)
 inline namespace compiled_avx {
 inline constexpr int vector_bytes = 32, vector_registers = 16;

@@ -2,7 +2,7 @@
 // fit 32 bits. The left operand's words may lie unpacked, where there is no instruction that takes them as they are: its
 // rows are written once, and each meets every column.
 
-/// grouped: sums are integers within a group of steps.
+/// left: a word of the left operand, as it lies. grouped: sums are integers within a group of steps.
 template <class T>
 struct Format {
     using word = T;
@@ -13,7 +13,7 @@ struct Format {
     static constexpr bool grouped = false;
     [[gnu::always_inline]] static words madd(words sum, T a, words b) {
 #if defined(__x86_64__)
-        // One instruction that adds in place: left the choice, g++ takes those that overwrite a factor, and moves.
+        // One instruction, which adds in place: with a choice g++ takes those that overwrite a factor, and moves.
         if constexpr (kernel_isa >= Isa::avx2) {
             const words left = a - words{};  // a in each lane, -0 too
             if constexpr (sizeof(T) == 4)

@@ -63,12 +63,10 @@ struct Right {
     [[nodiscard]] index_t panels() const { return (columns + panel_columns() - 1) / panel_columns(); }
     [[nodiscard]] index_t words() const { return words_of<T>(depth); }
     [[nodiscard]] index_t groups() const { return (depth + int8_group - 1) / int8_group; }
-    /// Whether its panels are more than a second-level cache holds beside another operand's. Memory is read fastest as
-    /// one run of addresses.
     [[nodiscard]] bool out_of_cache() const {
-        return stored != nullptr && panels() * words() * panel_width<T> * index_t{sizeof(word)} > index_t{512} << 10;
+        return stored != nullptr && panels() * words() * panel_width<T> * index_t{sizeof(word)} > panels_in_cache_bytes;
     }
-    /// Panels that `rows` rows take side by side, where there are as many.
+    /// Panels that `rows` rows take side by side, where there are as many. Memory is read as one run of addresses.
     [[nodiscard]] index_t at_once(index_t rows) const {
         return out_of_cache() ? 1 : std::min<index_t>(panels_at_once(rows), stored != nullptr ? 4 : 2);
     }

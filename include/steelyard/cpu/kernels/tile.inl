@@ -210,8 +210,7 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
         const index_t here = std::min(steps - begin, index_t{F::group_steps});
-        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride,
-                                               few_rows_ahead);
+        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride, few_rows_ahead);
         S::vec scale[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
