@@ -12,7 +12,9 @@ inline std::vector<Isa> instruction_sets() {
     std::vector<Isa> all = {Isa::compiled};
 #if defined(STEELYARD_CPU_DISPATCHES)
     for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16})
-        if (isa > compiled_isa && has_isa(isa)) all.push_back(isa);
+        // Where there are dot products of bf16 too, those of int8 alone take the same kernels.
+        if (isa > compiled_isa && has_isa(isa) && !(isa == Isa::avx512_vnni && has_isa(Isa::avx512_bf16)))
+            all.push_back(isa);
 #endif
     return all;
 }
