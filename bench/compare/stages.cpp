@@ -51,6 +51,7 @@ void add_router_stages(std::vector<Stage>& stages) {
 std::vector<StageResult> measure_stages(const StageOptions& options) {
     std::vector<Stage> stages;
     add_expert_stages(stages);
+    add_kernel_stages(stages);
     add_router_stages(stages);
     add_row_stages(stages);
     add_balance_stages(stages);

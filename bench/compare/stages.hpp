@@ -38,6 +38,7 @@ struct Stage {
 void add_router_stages(std::vector<Stage>& stages);
 void add_row_stages(std::vector<Stage>& stages);
 void add_expert_stages(std::vector<Stage>& stages);
+void add_kernel_stages(std::vector<Stage>& stages);
 void add_balance_stages(std::vector<Stage>& stages);
 
 /// Seconds of one call of body, over as many calls as take two milliseconds.

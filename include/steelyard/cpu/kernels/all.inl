@@ -16,6 +16,9 @@
 #include "steelyard/cpu/kernels/pack.inl"
 #include "steelyard/cpu/kernels/product.inl"
 #include "steelyard/cpu/kernels/ffn.inl"
+#if defined(STEELYARD_CPU_KERNELS_LINKED)
+#include "steelyard/cpu/kernels/linked.inl"
+#endif
 
 /// The kernels that code outside calls, through with_kernels.
 struct Kernels : RowKernels, LogitsKernels, RouterKernels, ExpertKernels {};
