@@ -241,6 +241,30 @@ void ffn_backward_hidden(const FfnBackward<T>& call) {
     if (call.inner_past_caches) part::end_stream();
 }
 
+/// inner[r] = a(gate[r], up[r]) of what is kept: for experts whose products are not those above.
+template <class T>
+void ffn_activate(const FfnFunction& function, bool gated, index_t rows, index_t columns, const FfnRows<const T>& kept,
+                  T* inner, index_t inner_row) {
+    with_function<T>(function, gated, [&](const auto& a) {
+        for (index_t r = 0; r < rows; ++r) {
+            const T* const up = kept.up + r * kept.stride;
+            const T* const gate = gated ? kept.gate + r * kept.stride : up;
+            T* const out = inner + r * inner_row;
+            for_lanes<T>(columns, [&](index_t j, auto count) {
+                store_some<T>(out + j, a.value(load_some<T>(gate + j, count), load_some<T>(up + j, count)), count);
+            });
+        }
+    });
+}
+
+/// The gradients of the pre-activations from dinner [rows, columns], as ffn_backward_hidden writes them.
+template <class T>
+void ffn_activate_backward(const FfnBackward<T>& call, index_t columns, const T* dinner, index_t dinner_row) {
+    with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& a) {
+        part::finish_backward(a, call, index_t{0}, columns, dinner, dinner_row);
+    });
+}
+
 /// Products and feed-forward experts, for code outside.
 struct ExpertKernels {
     template <class T>
@@ -296,26 +320,13 @@ struct ExpertKernels {
     [[nodiscard]] static T sum(const T* of_lanes) {
         return sum_lanes<T>(load(of_lanes));
     }
-    /// inner[r] = a(gate[r], up[r]) of what is kept: for experts whose products are not those above.
     template <class T>
     static void activate(const FfnFunction& function, bool gated, index_t rows, index_t columns,
                          const FfnRows<const T>& kept, T* inner, index_t inner_row) {
-        with_function<T>(function, gated, [&](const auto& a) {
-            for (index_t r = 0; r < rows; ++r) {
-                const T* const up = kept.up + r * kept.stride;
-                const T* const gate = gated ? kept.gate + r * kept.stride : up;
-                T* const out = inner + r * inner_row;
-                for_lanes<T>(columns, [&](index_t j, auto count) {
-                    store_some<T>(out + j, a.value(load_some<T>(gate + j, count), load_some<T>(up + j, count)), count);
-                });
-            }
-        });
+        ffn_activate(function, gated, rows, columns, kept, inner, inner_row);
     }
-    /// The gradients of the pre-activations from dinner [rows, columns], as backward_hidden writes them.
     template <class T>
     static void activate_backward(const FfnBackward<T>& call, index_t columns, const T* dinner, index_t dinner_row) {
-        with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& a) {
-            part::finish_backward(a, call, index_t{0}, columns, dinner, dinner_row);
-        });
+        ffn_activate_backward(call, columns, dinner, dinner_row);
     }
 };
