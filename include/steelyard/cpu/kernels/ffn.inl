@@ -147,10 +147,9 @@ struct FfnBackward {
     T* room = nullptr;               // pack_room elements
 };
 
-/// Panels that go through the activation together, 256 bytes of a row: in shorter pieces of five tensors, row by row,
-/// memory is slow.
+/// Panels that go through the activation together.
 template <class T>
-inline constexpr index_t ffn_backward_panels = 256 / (panel_width<T> * index_t{sizeof(T)});
+inline constexpr index_t ffn_backward_panels = finished_row_bytes / (panel_width<T> * index_t{sizeof(T)});
 
 namespace part {
 
