@@ -12,8 +12,8 @@ inline constexpr index_t gathered_panels_bytes = index_t{768} << 10;
 /// Bytes of gathered rows and of their results, which share that cache: a little more than it has, for weights are then
 /// read less often.
 inline constexpr index_t tile_rows_bytes = index_t{9} << 17;
-/// Bytes of a row of each of five tensors that backward takes through the activation together. In shorter pieces, row by
-/// row, memory is slow: at every piece five other pages are begun.
+/// Bytes of a row that backward takes through the activation together, of each of five tensors. In shorter pieces, row
+/// by row, memory is slow: every piece begins on five other pages.
 inline constexpr index_t finished_row_bytes = 1024;
 /// What takes more bytes than this is out of every cache before it is read again.
 inline constexpr index_t past_caches_bytes = index_t{16} << 20;
