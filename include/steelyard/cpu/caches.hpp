@@ -18,8 +18,8 @@ inline constexpr index_t finished_row_bytes = 1024;
 /// What takes more bytes than this is out of every cache before it is read again.
 inline constexpr index_t past_caches_bytes = index_t{16} << 20;
 
-/// Whether the processor reads a run of addresses faster when it is told ahead. An Intel Cascade Lake does, by 7 to 20 %;
-/// an AMD Zen 4 took up to a third longer.
+/// Whether the processor reads a run of addresses faster when it is told ahead. An Intel Cascade Lake does, by 7 to
+/// 20 %; an AMD Zen 4 took up to a third longer.
 [[nodiscard]] inline bool fetches_runs() {
 #if defined(__x86_64__)
     static const bool intel = __builtin_cpu_is("intel") != 0;
