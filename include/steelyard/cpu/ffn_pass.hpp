@@ -30,7 +30,7 @@ template <class T>
 struct FfnScratch {
     view<T, 2> width;   // [gathered_rows, d]  rows of x or dy, as they are or in the format of a product
     view<T, 2> hidden;  // [tile_rows, hidden_block]
-    view<T, 2> block;   // [tile_rows, finished_row_bytes of columns]
+    view<T, 2> block;   // [tile_rows, at most finished_row_bytes of columns]
     view<T, 2> along;   // [tile_rows, lanes]
     view<T, 1> weight;  // [tile_rows]
     view<T, 1> slab;    // for the rows of a weight gradient
@@ -41,7 +41,7 @@ struct FfnScratch {
         const index_t widest = whole_panels(std::max(d, h));
         field("width", width, gathered_rows, whole_panels(d) + row_gap<T>);
         field("hidden", hidden, tile_rows, std::min(hidden_block, widest) + row_gap<T>);
-        field("block", block, tile_rows, finished_row_bytes / index_t{sizeof(T)});
+        field("block", block, tile_rows, std::min(finished_row_bytes / index_t{sizeof(T)}, widest));
         field("along", along, tile_rows, row_gap<T>);
         field("weight", weight, tile_rows);
         field("slab", slab, gathered_rows * 16);

@@ -109,7 +109,7 @@ void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index
     // Where the depth is cut, sums of several panels wait side by side for the next block of it.
     const bool whole = depth <= depth_block<T>;
     const index_t at_once = b.at_once(rows), together = whole ? last - first : at_once;
-    const index_t side = whole && at_once == 1 ? side_by_side : 1;
+    const index_t side = whole && at_once == 1 ? std::min(side_by_side, last - first) : 1;
     for (index_t q0 = first; q0 < last; q0 += together)
         for (index_t p0 = 0; p0 == 0 || p0 < depth; p0 += depth_block<T>) {
             const index_t p1 = std::min(depth, p0 + depth_block<T>);
