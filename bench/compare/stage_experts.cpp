@@ -51,14 +51,8 @@ void add_expert_stages(std::vector<Stage>& stages) {
     for (const index_t rows : {1, 4, 16, 64, 256}) {
         const auto expert = std::make_shared<OneExpert>(rows);
         const double flops = 6.0 * static_cast<double>(rows * OneExpert::shape.width * OneExpert::shape.hidden);
-        stages.push_back({{.name = "experts: " + std::to_string(rows) + " rows, d=256 h=256, weights in L2",
-                           .unit = "GFLOP/s",
-                           .limit = "the multiply-add peak"},
-                          [=](StageResult& result) {
-                              expert->forward();  // the caches are warm
-                              const double rate = flops * 1e-9 / seconds_of([&] { expert->forward(); });
-                              result.add(rate, rate / fma_gflops_now(1));
-                          }});
+        add_products(stages, "experts: " + std::to_string(rows) + " rows, d=256 h=256, weights in L2", flops,
+                     [expert] { expert->forward(); });
     }
 }
 

@@ -9,12 +9,6 @@
 namespace steelyard_bench {
 namespace {
 
-/// Body(Kernels) with what the layers of this machine take.
-template <class Body>
-void with_own_kernels(Body&& body) {
-    cpu::with_kernels(Isa::automatic, std::forward<Body>(body));
-}
-
 /// `rows` rows times panels of float, of which as many as a second-level cache of 1 MiB keeps beside them.
 struct Tile {
     static constexpr index_t depth = 512, columns = 256;
@@ -22,7 +16,7 @@ struct Tile {
         fill_uniform(memory.as<float>(), static_cast<index_t>(memory.size() / sizeof(float)), 3, 1.0);
     }
     void multiply() const {
-        with_own_kernels([&](auto kernels) {
+        cpu::with_kernels(Isa::automatic, [&](auto kernels) {
             typename decltype(kernels)::template ProductOf<float> product;
             float* const a = memory.as<float>() + depth * columns;
             product.rows = rows;
@@ -49,7 +43,7 @@ struct WeightGradient {
     }
     void next() {
         expert_ = (expert_ + 1) % experts;
-        with_own_kernels([&](auto kernels) {
+        cpu::with_kernels(Isa::automatic, [&](auto kernels) {
             using K = decltype(kernels);
             constexpr index_t width = K::template panel_columns<float>;
             const index_t step = cpu::gathered_panels_bytes / index_t{sizeof(float)} / (rows_ * width) * width;
@@ -81,27 +75,18 @@ private:
     HugeMemory panels_{cpu::gathered_panels_bytes}, slab_{bytes(rows_ * 16)};
 };
 
-/// GFLOP/s beside the peak.
-void add(std::vector<Stage>& stages, std::string name, double flops, std::function<void()> body) {
-    stages.push_back({{.name = std::move(name), .unit = "GFLOP/s", .limit = "the multiply-add peak"},
-                      [flops, body = std::move(body)](StageResult& result) {
-                          const double rate = flops * 1e-9 / seconds_of(body);
-                          result.add(rate, rate / fma_gflops_now(1));
-                      }});
-}
-
 }  // namespace
 
 void add_kernel_stages(std::vector<Stage>& stages) {
     for (const index_t rows : {1, 4, 12, 48}) {
         const auto tile = std::make_shared<Tile>(rows);
-        add(stages, "product: " + std::to_string(rows) + " rows, d=512, 256 columns in L2", tile->flops(),
-            [tile] { tile->multiply(); });
+        add_products(stages, "product: " + std::to_string(rows) + " rows, d=512, 256 columns in L2", tile->flops(),
+                     [tile] { tile->multiply(); });
     }
     for (const Shape& shape : {shape_a, shape_b}) {
         const auto gradient = std::make_shared<WeightGradient>(shape.hidden, shape.width, 256);
-        add(stages, std::string("weight gradient, ") + shape.name + ", 256 tokens", gradient->flops(),
-            [gradient] { gradient->next(); });
+        add_products(stages, std::string("weight gradient, ") + shape.name + ", 256 tokens", gradient->flops(),
+                     [gradient] { gradient->next(); });
     }
 }
 

@@ -23,6 +23,15 @@ void add_time(std::vector<Stage>& stages, const std::string& name, const std::sh
 
 }  // namespace
 
+void add_products(std::vector<Stage>& stages, std::string name, double flops, std::function<void()> body) {
+    stages.push_back({{.name = std::move(name), .unit = "GFLOP/s", .limit = "the multiply-add peak"},
+                      [flops, body = std::move(body)](StageResult& result) {
+                          body();  // the caches are warm
+                          const double rate = flops * 1e-9 / seconds_of(body);
+                          result.add(rate, rate / fma_gflops_now(1));
+                      }});
+}
+
 void add_router_stages(std::vector<Stage>& stages) {
     using Ops = balance_ops<Cpu>;
     for (const auto& [experts, top_k] : {std::pair{64, 4}, std::pair{256, 8}}) {

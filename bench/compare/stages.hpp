@@ -35,6 +35,9 @@ struct Stage {
     StageResult result;
     std::function<void(StageResult&)> sample;
 };
+/// Products of so many operations, in float: their rate beside the multiply-add peak, with warm caches.
+void add_products(std::vector<Stage>& stages, std::string name, double flops, std::function<void()> body);
+
 void add_router_stages(std::vector<Stage>& stages);
 void add_row_stages(std::vector<Stage>& stages);
 void add_expert_stages(std::vector<Stage>& stages);
