@@ -66,6 +66,12 @@ inline constexpr int round_steps = 2;
 inline constexpr index_t panel_step_bytes = index_t{panel_vectors} * vector_bytes;
 inline constexpr index_t second_level_ahead = 24 * panel_step_bytes, memory_ahead = 48 * panel_step_bytes;
 
+/// Hides from the compiler where a value comes from, which it would otherwise work out anew or keep twice.
+template <class Scalar>
+[[gnu::always_inline]] inline void unrelated(Scalar& s) {
+    asm("" : "+r"(s));
+}
+
 /// Where a tile reads its rows of the left operand: along them, or across, so that neighbours are of one step.
 template <class T, int Rows, bool Across>
 struct LeftRows {
@@ -107,11 +113,6 @@ struct LeftRows {
         }
     }
 
-private:
-    template <class Scalar>
-    [[gnu::always_inline]] static void unrelated(Scalar& s) {
-        asm("" : "+r"(s));
-    }
 };
 
 /// One step of the depth.
@@ -137,20 +138,22 @@ template <class T, int Rows, int Panels, class Sums, class Left>
     }
 }
 
-/// Brings nearer what `steps` steps ask for: one line for a step that asks for up to a line, two for one that must keep
-/// up with a single tile. Steps that ask for less than a line together have one.
+/// Brings nearer what `steps` steps ask for: a line for all of them where that is enough, or else two for each. Each
+/// address comes from the last one, so that it takes no register that a row's address needs.
 template <int steps>
 [[gnu::always_inline]] inline void bring_nearer(const char*& next, index_t stride) {
-    __builtin_prefetch(next, 0, 2);
-    if (steps == 1 || stride * steps > 64) {
-        if (stride > 64) __builtin_prefetch(next + 64, 0, 2);
-#pragma GCC unroll 4
-        for (int i = 1; i < steps; ++i) {
-            __builtin_prefetch(next + i * stride, 0, 2);
-            if (stride > 64) __builtin_prefetch(next + i * stride + 64, 0, 2);
-        }
+    if (stride * steps <= 64) {
+        __builtin_prefetch(next, 0, 2);
+        next += stride * steps;
+        return;
     }
-    next += steps * stride;
+#pragma GCC unroll 4
+    for (int i = 0; i < steps; ++i) {
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + 64, 0, 2);
+        next += stride;
+        unrelated(next);
+    }
 }
 
 /// Steps of the depth, past which the pointers are moved. A tile of few rows may bring nothing nearer.
@@ -176,9 +179,8 @@ template <class T, int Rows, int Panels, bool Brings = true, class Sums, class L
         a.end_round(count);
         b += count * panel_width<T>;
     };
-    index_t p = 0;
-    for (; p + round_steps <= steps; p += round_steps) round(std::integral_constant<int, round_steps>{});
-    for (; p < steps; ++p) round(std::integral_constant<int, 1>{});
+    for (; steps >= round_steps; steps -= round_steps) round(std::integral_constant<int, round_steps>{});
+    for (; steps > 0; --steps) round(std::integral_constant<int, 1>{});
 }
 
 /// The tile of int8: integers within a group, then c += a_scale b_scale (their dot products). The registers are full of
@@ -237,12 +239,16 @@ void plain_tile(const TileCall<T>& call) {
     using S = Simd<typename F::sum>;
     constexpr int lanes = S::lanes, vectors = panel_vectors * Panels;
 
+    // Copies: what is written to c could be the call, for all that the compiler knows.
+    typename F::sum* const c = call.c;
+    const index_t c_row = call.c_row;
+    const bool past_caches = call.past_caches;
     typename S::vec sum[Rows][vectors] = {};
     if (call.add) {
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) sum[r][v] = load(call.c + r * call.c_row + v * lanes);
+            for (int v = 0; v < vectors; ++v) sum[r][v] = load(c + r * c_row + v * lanes);
     }
 
     const auto multiply = [&](auto a) __attribute__((always_inline)) {
@@ -259,9 +265,9 @@ void plain_tile(const TileCall<T>& call) {
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) one(call.c + r * call.c_row + v * lanes, sum[r][v]);
+            for (int v = 0; v < vectors; ++v) one(c + r * c_row + v * lanes, sum[r][v]);
     };
-    if (call.past_caches)
+    if (past_caches)
         write(stream<typename F::sum>);
     else
         write(store<typename F::sum>);
