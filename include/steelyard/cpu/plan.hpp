@@ -14,9 +14,8 @@ namespace steelyard {
 
 template <>
 struct plan_ops<Cpu> {
-    static constexpr index_t sort_block = 1024;                   // fewest tokens of one histogram
-    static constexpr index_t row_block = 64;                      // tokens or rows of one task
-    static constexpr index_t streamed_bytes = index_t{16} << 20;  // from here on rows are written past the caches
+    static constexpr index_t sort_block = 1024;  // fewest tokens of one histogram
+    static constexpr index_t row_block = 64;     // tokens or rows of one task
 
     static index_t scratch_bytes(const Cpu&, const LayerShape& shape, int) {
         return bytes_of<Histograms>(sort_blocks(shape.tokens), shape.experts);
@@ -120,7 +119,7 @@ private:
     /// Whether so many rows, read or written, are more than the caches will keep until somebody reads them.
     template <class T>
     static bool streams(index_t rows, index_t columns) {
-        return rows * columns * static_cast<index_t>(sizeof(T)) >= streamed_bytes;
+        return rows * columns * static_cast<index_t>(sizeof(T)) > cpu::past_caches_bytes;
     }
 };
 
