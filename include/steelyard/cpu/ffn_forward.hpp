@@ -106,7 +106,7 @@ private:
         call.down_bias = bias(weights_.down_bias);
         if (kept.up.present())
             call.kept = {gated_ ? &kept.gate(tile.begin, 0) : nullptr, &kept.up(tile.begin, 0), kept.up.strides[0]};
-        call.kept_past_caches = this->past_caches();
+        call.kept_past_caches = kept.up.present() && this->past_caches();
         if (rows.present()) {
             call.out = &rows(tile.begin, 0);
             call.out_row = rows.strides[0];

@@ -27,15 +27,19 @@ struct FfnForward {
     Operand<F> inner_operand = {};  // room for the same, where F is not T
     T* out = nullptr;               // [rows, d] (=), or null
     index_t out_row = 0;
-    T* block = nullptr;                        // [max(rows, 8), panel_width]
+    T* block = nullptr;                        // [max(rows, 8), columns of panels_together]
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
+
+/// Panels that go through the activation together where memory takes part in it.
+template <class T>
+inline constexpr index_t panels_together = finished_row_bytes / (panel_width<T> * index_t{sizeof(T)});
 
 namespace part {
 
 /// block[r][j] = bias[j], or nothing where there is none. Whether there is one.
 template <class T, class F>
-bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count, T* block) {
+bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count, T* block, index_t block_row) {
     if (call.up_bias == nullptr) return false;
     constexpr index_t lanes = Simd<T>::lanes;
     const index_t vectors = panel_vectors * count;
@@ -44,7 +48,7 @@ bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count,
         const T* const bias = call.hidden.paired && v % 2 == 0 ? call.gate_bias : call.up_bias;
         const index_t here = std::clamp<index_t>(call.hidden.columns - j, 0, lanes);
         const auto values = load_some<T>(bias + (here > 0 ? j : 0), here);
-        for (index_t r = 0; r < call.rows; ++r) store(block + (r * vectors + v) * lanes, values);
+        for (index_t r = 0; r < call.rows; ++r) store(block + r * block_row + v * lanes, values);
     }
     return true;
 }
@@ -52,7 +56,7 @@ bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count,
 /// Pre-activations [rows, vectors] of columns from `panel` on: kept, and through the activation to `inner`.
 template <class Function, class T, class F>
 void finish_hidden(const Function& function, const FfnForward<T, F>& call, index_t panel, index_t count, index_t first,
-                   const T* block) {
+                   const T* block, index_t block_row) {
     constexpr index_t lanes = Simd<T>::lanes, step = Function::gated ? 2 : 1;
     const index_t vectors = panel_vectors * count;
     // Whole lines that go past the caches need not be read first.
@@ -60,7 +64,7 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                         part::streams(call.kept.up + panel * panel_vectors / step * lanes, lanes) &&
                         part::streams(call.kept.up + call.kept.stride, lanes) &&
                         (!Function::gated || part::streams(call.kept.gate, lanes));
-    for (index_t r = 0; r < call.rows; ++r, block += vectors * lanes)
+    for (index_t r = 0; r < call.rows; ++r, block += block_row)
         for (index_t v = 0; v < vectors; v += step) {
             const index_t j = (panel * panel_vectors + v) / step * lanes,
                           here = std::min(lanes, call.hidden.columns - j);
@@ -94,12 +98,15 @@ template <class T, class F>
 void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
     const index_t first_column = first * call.hidden.panel_columns();
     multiply_panels(
-        call.x, call.rows, call.hidden, first, last, call.block, call.room,
-        [&](index_t panel, index_t count, T* block) { return part::start_with_bias(call, panel, count, block); },
+        call.x, call.rows, call.hidden, first, last, call.kept_past_caches ? panels_together<T> : 1, call.block,
+        call.room,
+        [&](index_t panel, index_t count, T* block, index_t block_row) {
+            return part::start_with_bias(call, panel, count, block, block_row);
+        },
         [](const PanelGroup&) { return Nothing{}; },
-        [&](index_t panel, index_t count, const T* block, index_t) {
+        [&](index_t panel, index_t count, const T* block, index_t block_row) {
             with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
-                part::finish_hidden(function, call, panel, count, first_column, block);
+                part::finish_hidden(function, call, panel, count, first_column, block, block_row);
             });
         });
     if (call.kept_past_caches) part::end_stream();
@@ -143,13 +150,9 @@ struct FfnBackward {
     T* inner = nullptr;              // [rows, h] (=)  times the combine weight
     bool inner_past_caches = false;  // inner is too much to be found in a cache again
     T* along = nullptr;              // [rows, lanes] (+=)  <down^T dout, a>, in lanes
-    T* block = nullptr;              // [max(rows, 8), columns of ffn_backward_panels]
+    T* block = nullptr;              // [max(rows, 8), columns of panels_together]
     T* room = nullptr;               // pack_room elements
 };
-
-/// Panels that go through the activation together.
-template <class T>
-inline constexpr index_t ffn_backward_panels = finished_row_bytes / (panel_width<T> * index_t{sizeof(T)});
 
 namespace part {
 
@@ -225,9 +228,9 @@ template <class T>
 void ffn_backward_hidden(const FfnBackward<T>& call) {
     constexpr index_t width = panel_width<T>;
     const Operand<T> dout{const_cast<T*>(call.dout), call.dout_row};  // only read
-    multiply_panels<ffn_backward_panels<T>>(
-        dout, call.rows, call.down, index_t{0}, call.down.panels(), call.block, call.room,
-        [](index_t, index_t, T*) { return false; },
+    multiply_panels(
+        dout, call.rows, call.down, index_t{0}, call.down.panels(), panels_together<T>, call.block, call.room,
+        [](index_t, index_t, T*, index_t) { return false; },
         [&](const PanelGroup& group) {
             return part::FinishAhead<T>{call, group};
         },

@@ -94,16 +94,15 @@ struct PanelGroup {
 /// a times panels [first, last) of b, a few panels at a time, whose sums [rows, columns of these panels] are used up
 /// while they are in a cache:
 ///
-///     start(panel, count, sums)      writes what they begin with, or nothing where that is 0. Whether it wrote: not
-///                                    where `side_by_side` is above 1.
+///     start(panel, count, sums, n)   writes what they begin with, or nothing where that is 0. Whether it wrote.
 ///     before(group)                  what `tiles` calls ahead of each tile of the last block of the depth
 ///     finish(panel, count, sums, n)  takes them; n apart from row to row
 ///
 /// `side_by_side`: as many panels are taken together where the depth is one block, so that finish has longer pieces of
 /// rows. `sums` has room for max(rows, 8) rows of their columns.
-template <index_t side_by_side = 1, class T, class Start, class Before, class Finish>
+template <class T, class Start, class Before, class Finish>
 void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index_t first, index_t last,
-                     typename Format<T>::sum* sums, typename Format<T>::word* room, Start&& start, Before&& before,
+                     index_t side_by_side, typename Format<T>::sum* sums, typename Format<T>::word* room, Start&& start, Before&& before,
                      Finish&& finish) {
     const index_t depth = b.words();
     // Where the depth is cut, sums of several panels wait side by side for the next block of it.
@@ -122,7 +121,7 @@ void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index
                            auto call = tile_of(a, p0, b, q, p0, panels, apart, p1 - p0);
                            call.c = here;
                            call.c_row = wide * panel_width<T>;
-                           call.add = p0 > 0 || start(q, count, here);
+                           call.add = p0 > 0 || start(q, count, here, call.c_row);
                            if (p1 < depth) return tiles(rows, count, call, ahead);
                            tiles(rows, count, call, ahead, before(group));
                            if (part + count == group.count) finish(group.panel, group.count, all, call.c_row);
