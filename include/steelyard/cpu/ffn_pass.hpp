@@ -41,7 +41,7 @@ struct FfnScratch {
         const index_t widest = whole_panels(std::max(d, h));
         field("width", width, gathered_rows, whole_panels(d) + row_gap<T>);
         field("hidden", hidden, tile_rows, std::min(hidden_block, widest) + row_gap<T>);
-        field("block", block, tile_rows, std::min(finished_row_bytes / index_t{sizeof(T)}, 2 * widest));
+        field("block", block, tile_rows, std::min(finished_row_bytes / index_t{sizeof(T)}, whole_panels(2 * h)));
         field("along", along, tile_rows, row_gap<T>);
         field("weight", weight, tile_rows);
         field("slab", slab, gathered_rows * 16);
