@@ -29,7 +29,7 @@ public:
             const RowTile tile = tiling.tile(task);
             const auto own = part(thread);
             auto call = call_of(tile, x, kept, rows, own);
-            if (rows.present()) call.inner = own.hidden.data;
+            if (rows.present() && !in_format) call.inner = own.hidden.data;
             const index_t block = block_columns(call.rows), columns = call.hidden.panel_columns();
             call.inner_row = std::min(block, whole_panels(hidden_)) + row_gap<T>;
             const index_t step = block / columns;
@@ -69,12 +69,17 @@ private:
         }
     }
 
+    /// Whether the hidden layer comes in the format of the second product at once, and its bytes of an element.
+    static constexpr bool in_format = Kernels::template hidden_in_format<T, F>;
+    static constexpr index_t inner_bytes = in_format ? Kernels::template element_bytes<F> : index_t{sizeof(T)};
+
     /// Columns of the hidden layer that a tile computes at once: few rows have room for more of them, and `down` is
     /// then read in longer runs.
     [[nodiscard]] index_t block_columns(index_t rows) const {
-        const index_t most = part(0).hidden.size() / rows - row_gap<T>;
-        const index_t wanted = (hidden_ + hidden_block - 1) / hidden_block;
-        return std::clamp<index_t>(most / hidden_block, 1, wanted) * hidden_block;
+        constexpr index_t block = hidden_block * index_t{sizeof(T)} / inner_bytes;
+        const index_t room = (in_format ? part(0).room.size() : part(0).hidden.size()) * index_t{sizeof(T)};
+        const index_t most = (room / rows - row_gap<T> * index_t{sizeof(T)}) / inner_bytes;
+        return std::clamp<index_t>(most / block, 1, (hidden_ + block - 1) / block) * block;
     }
 
     [[nodiscard]] Forward call_of(const RowTile& tile, view<const T, 2> x, const FfnKept<T>& kept, view<T, 2> rows,
@@ -91,8 +96,9 @@ private:
             call.x = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.width.data), call.rows, width_);
             for (index_t r = 0; r < call.rows; ++r)
                 Kernels::write_row(&x(plan_.choice[tile.begin + r] / plan_.top_k(), 0), width_, call.x, r);
-            call.inner_operand = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data), call.rows,
-                                                              std::min(hidden_, block_columns(call.rows)));
+            if (rows.present())
+                call.inner_operand = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data),
+                                                                  call.rows, std::min(hidden_, block_columns(call.rows)));
         }
         if (packed_.header.present()) {
             call.hidden = this->template stored<F>(packed_.hidden, e, width_, hidden_, gated_);

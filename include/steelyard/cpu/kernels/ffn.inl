@@ -24,12 +24,17 @@ struct FfnForward {
     bool kept_past_caches = false;  // kept is too much to be found in a cache again
     T* inner = nullptr;             // [rows, columns of one ffn_hidden] (=), or null
     index_t inner_row = 0;
-    Operand<F> inner_operand = {};  // room for the same, where F is not T
+    Operand<F> inner_operand = {};  // the same, where F is not T: of what is in `inner`, or without one
     T* out = nullptr;               // [rows, d] (=), or null
     index_t out_row = 0;
     T* block = nullptr;                        // [max(rows, 8), columns of panels_together]
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
+
+/// Whether what goes through the activation can be written in the format F at once: T itself is, and int8 needs all of a
+/// group first.
+template <class T, class F>
+inline constexpr bool written_at_once = !std::is_same_v<T, F> && !Format<F>::grouped;
 
 /// Panels that go through the activation together where memory takes part in it.
 template <class T>
@@ -53,7 +58,8 @@ bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count,
     return true;
 }
 
-/// Pre-activations [rows, vectors] of columns from `panel` on: kept, and through the activation to `inner`.
+/// Pre-activations [rows, vectors] of columns from `panel` on: kept, and through the activation to `inner` or to
+/// `inner_operand`.
 template <class Function, class T, class F>
 void finish_hidden(const Function& function, const FfnForward<T, F>& call, index_t panel, index_t count, index_t first,
                    const T* block, index_t block_row) {
@@ -70,7 +76,13 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                           here = std::min(lanes, call.hidden.columns - j);
             if (here <= 0) break;
             const auto gate = load(block + v * lanes), up = load(block + (v + step - 1) * lanes);
-            T* const inner = call.inner == nullptr ? nullptr : call.inner + r * call.inner_row + (j - first);
+            const auto write_inner = [&](index_t some) __attribute__((always_inline)) {
+                if (call.inner != nullptr)
+                    store_some<T>(call.inner + r * call.inner_row + (j - first), function.value(gate, up), some);
+                else if constexpr (written_at_once<T, F>)
+                    if (call.inner_operand.words != nullptr)
+                        write_vector(function.value(gate, up), j - first, some, call.inner_operand, r);
+            };
             T* const kept = call.kept.up == nullptr ? nullptr : call.kept.up + r * call.kept.stride + j;
             T* const kept_gate =
                 kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
@@ -82,11 +94,11 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
                     if (kept != nullptr) store(kept, up);
                     if (kept_gate != nullptr) store(kept_gate, gate);
                 }
-                if (inner != nullptr) store(inner, function.value(gate, up));
+                write_inner(lanes);
             } else {
                 if (kept != nullptr) store_some<T>(kept, up, here);
                 if (kept_gate != nullptr) store_some<T>(kept_gate, gate, here);
-                if (inner != nullptr) store_some<T>(inner, function.value(gate, up), here);
+                write_inner(here);
             }
         }
 }
@@ -127,7 +139,7 @@ void ffn_output(const FfnForward<T, F>& call, index_t first, index_t last, index
         product.a = {call.inner, call.inner_row};
     } else {
         product.a = call.inner_operand;
-        write_operand(call.inner, call.inner_row, call.rows, end - begin, product.a);
+        if (call.inner != nullptr) write_operand(call.inner, call.inner_row, call.rows, end - begin, product.a);
     }
     product.b = call.down;
     product.c = call.out;
@@ -284,6 +296,11 @@ struct ExpertKernels {
     static constexpr index_t lanes = Simd<T>::lanes;
     template <class T>
     static constexpr index_t panel_columns = panel_width<T>;
+    /// Bytes of an element of a left operand.
+    template <class F>
+    static constexpr index_t element_bytes = index_t{sizeof(typename Format<F>::left)} / Format<F>::per_word;
+    template <class T, class F>
+    static constexpr bool hidden_in_format = written_at_once<T, F>;
 
     template <class T>
     static void product(const Product<T>& of) {

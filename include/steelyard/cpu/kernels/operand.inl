@@ -12,23 +12,25 @@ template <class Vector, class Element>
         std::memcpy(to, &v, static_cast<std::size_t>(count) * sizeof(Element));
 }
 
+/// Elements j to j + lanes of a row, or the first `count` of them, rounded to bf16; those of v after them are 0.
+[[gnu::always_inline]] inline void write_vector(Simd<float>::vec v, index_t j, index_t count, const Operand<bf16>& to,
+                                                index_t row) {
+    auto* const words = to.words + row * to.stride;
+    count = (count + 1) / 2 * 2;  // whole words
+    if constexpr (Format<bf16>::dots) {
+        Simd<float>::halves rounded = {};
+#if defined(__x86_64__)
+        asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+#endif
+        store_narrow(reinterpret_cast<std::uint16_t*>(words) + j, rounded, count);
+    } else {
+        store_narrow(reinterpret_cast<std::uint32_t*>(words) + j, bf16_rounded(v), count);
+    }
+}
+
 /// words[0 .. words_of(n)) = from[0 .. n), rounded to bf16; an element beyond the last one is 0.
 inline void write_row(const float* from, index_t n, const Operand<bf16>& to, index_t row) {
-    constexpr index_t lanes = Simd<float>::lanes;
-    auto* const words = to.words + row * to.stride;
-    for (index_t j = 0; j < n; j += lanes) {
-        const auto v = load_some(from + j, n - j);
-        const index_t count = (n - j + 1) / 2 * 2;  // whole words
-        if constexpr (Format<bf16>::dots) {
-            Simd<float>::halves rounded = {};
-#if defined(__x86_64__)
-            asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
-#endif
-            store_narrow(reinterpret_cast<std::uint16_t*>(words) + j, rounded, count);
-        } else {
-            store_narrow(reinterpret_cast<std::uint32_t*>(words) + j, bf16_rounded(v), count);
-        }
-    }
+    for (index_t j = 0; j < n; j += Simd<float>::lanes) write_vector(load_some(from + j, n - j), j, n - j, to, row);
 }
 
 /// Integers of 8 bits into words of four, the last one filled up with zeros that `q` has behind its `count` elements.

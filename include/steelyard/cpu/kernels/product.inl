@@ -174,13 +174,6 @@ void fill_slab(const T* left, index_t stride, index_t rows, index_t columns, ind
     }
 }
 
-/// Brings a tile of a result nearer.
-template <class T>
-void prefetch_tile(const T* c, index_t c_row, index_t rows) {
-    for (index_t r = 0; r < rows; ++r)
-        for (index_t v = 0; v < panel_vectors; ++v) __builtin_prefetch(c + r * c_row + v * Simd<T>::lanes, 1, 3);
-}
-
 }  // namespace part
 
 template <class T>
@@ -196,10 +189,10 @@ void multiply(const OuterProduct<T>& product) {
             T* const c = product.out + i * product.out_row + j;
             // The next tile of the result: it has this one's time to come from memory.
             if (!stream && j + width < product.n)
-                part::prefetch_tile(c + width, product.out_row, here_rows);
+                prefetch_sums(c + width, product.out_row, here_rows, panel_vectors);
             else if (!stream && i + high < m)
-                part::prefetch_tile(product.out + (i + high) * product.out_row, product.out_row,
-                                    std::min(high, m - i - high));
+                prefetch_sums(product.out + (i + high) * product.out_row, product.out_row, std::min(high, m - i - high),
+                              panel_vectors);
             // The next slab: the first two tiles bring nearer where its vectors begin and end.
             Ahead ahead{.from = {}, .step = product.left_row * index_t{sizeof(T)}, .first_two = true};
             if (i + high + slab_width<T> <= m && j < 2 * width)

@@ -329,8 +329,15 @@ struct Nothing {
     void operator()(index_t, index_t) const {}
 };
 
-/// The tiles of any number of rows: as even as can be, since every tile reads the panels again. Calls before(first row,
-/// last row) ahead of each tile.
+/// Brings what a tile adds to nearer.
+template <class T>
+void prefetch_sums(const T* c, index_t c_row, index_t rows, index_t vectors) {
+    for (index_t r = 0; r < rows; ++r)
+        for (index_t v = 0; v < vectors; ++v) __builtin_prefetch(c + r * c_row + v * Simd<T>::lanes, 1, 3);
+}
+
+/// The tiles of any number of rows: as even as can be, since every tile reads the panels again. What a tile adds to has
+/// its predecessor's time to come. Calls before(first row, last row) ahead of each tile.
 template <class T, class Before = Nothing>
 void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = {}, Before&& before = {}) {
     const index_t count = (rows + register_rows - 1) / register_rows, half = ahead.first_two ? 1 : (count + 1) / 2;
@@ -348,6 +355,8 @@ void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = 
             call.next = reinterpret_cast<const char*>(call.b);
         }
         before(row, end);
+        if (call.add && i + 1 < count)
+            prefetch_sums(call.c + (end - row) * call.c_row, call.c_row, each, panels * panel_vectors);
         tile(end - row, panels, call);
         call.skip(end - row);
         row = end;
