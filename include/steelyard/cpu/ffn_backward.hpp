@@ -55,7 +55,7 @@ private:
             call.grad = {gated_ ? &grad_rows.gate(begin, 0) : nullptr, &grad_rows.up(begin, 0),
                          grad_rows.up.strides[0]};
             call.inner = &grad_rows.inner(begin, 0);
-            call.inner_past_caches = this->past_caches();
+            call.inner_past_caches = this->past_caches(hidden_);
             call.along = own.along.data;
             call.block = own.block.data;
             call.room = own.room.data;

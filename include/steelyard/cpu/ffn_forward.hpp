@@ -112,10 +112,11 @@ private:
         call.down_bias = bias(weights_.down_bias);
         if (kept.up.present())
             call.kept = {gated_ ? &kept.gate(tile.begin, 0) : nullptr, &kept.up(tile.begin, 0), kept.up.strides[0]};
-        call.kept_past_caches = kept.up.present() && this->past_caches();
+        call.kept_past_caches = kept.up.present() && this->past_caches(hidden_);
         if (rows.present()) {
             call.out = &rows(tile.begin, 0);
             call.out_row = rows.strides[0];
+            call.out_past_caches = this->past_caches(width_);
         }
         call.block = own.block.data;
         if constexpr (std::is_same_v<T, F>) call.room = own.room.data;

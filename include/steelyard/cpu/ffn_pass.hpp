@@ -92,9 +92,9 @@ protected:
         return std::clamp<index_t>(tile_rows_bytes / static_cast<index_t>(sizeof(T)) / (2 * width_), 48, tile_rows);
     }
 
-    /// Whether the hidden layer of all rows is more than caches hold.
-    [[nodiscard]] bool past_caches() const {
-        return (plan_.offsets[plan_.experts()] - plan_.offsets[0]) * hidden_ * index_t{sizeof(T)} > past_caches_bytes;
+    /// Whether all rows of `columns` columns are more than caches hold.
+    [[nodiscard]] bool past_caches(index_t columns) const {
+        return (plan_.offsets[plan_.experts()] - plan_.offsets[0]) * columns * index_t{sizeof(T)} > past_caches_bytes;
     }
 
     /// Panels of an operand that lie ready in a block, of the layer's elements or of another format.

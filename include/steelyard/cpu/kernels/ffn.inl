@@ -27,6 +27,7 @@ struct FfnForward {
     Operand<F> inner_operand = {};  // the same, where F is not T: of what is in `inner`, or without one
     T* out = nullptr;               // [rows, d] (=), or null
     index_t out_row = 0;
+    bool out_past_caches = false;  // out is too much to be found in a cache again
     T* block = nullptr;                        // [max(rows, 8), columns of panels_together]
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
@@ -58,15 +59,46 @@ bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count,
     return true;
 }
 
-/// Pre-activations [rows, vectors] of columns from `panel` on: kept, and through the activation to `inner` or to
+/// Pre-activations [rows, vectors] of columns from `panel` on: through the activation to `inner` or to
 /// `inner_operand`.
 template <class Function, class T, class F>
-void finish_hidden(const Function& function, const FfnForward<T, F>& call, index_t panel, index_t count, index_t first,
-                   const T* block, index_t block_row) {
+void activate_hidden(const Function& function, const FfnForward<T, F>& call, index_t panel, index_t count,
+                     index_t first, const T* block, index_t block_row) {
+    constexpr index_t lanes = Simd<T>::lanes, step = Function::gated ? 2 : 1;
+    const index_t rows = call.rows, vectors = panel_vectors * count;
+    for (index_t v = 0; v < vectors; v += step) {
+        const index_t j = (panel * panel_vectors + v) / step * lanes;
+        const index_t here = std::min(lanes, call.hidden.columns - j);
+        if (here <= 0) break;
+        const T* from = block + v * lanes;
+        const auto each_row = [&](auto&& write) __attribute__((always_inline)) {
+            for (index_t r = 0; r < rows; ++r, from += block_row)
+                write(r, function.value(load(from), load(from + (step - 1) * lanes)));
+        };
+        if (call.inner != nullptr) {
+            T* to = call.inner + (j - first);
+            const index_t to_row = call.inner_row;
+            if (here == lanes)
+                each_row([&](index_t r, auto value) { store(to + r * to_row, value); });
+            else
+                each_row([&](index_t r, auto value) { store_some<T>(to + r * to_row, value, here); });
+        } else if constexpr (written_at_once<T, F>) {
+            const auto to = call.inner_operand;
+            if (here == lanes)
+                each_row([&](index_t r, auto value) { write_vector(value, j - first, lanes, to, r); });
+            else
+                each_row([&](index_t r, auto value) { write_vector(value, j - first, here, to, r); });
+        }
+    }
+}
+
+/// The same, kept as they are.
+template <class Function, class T, class F>
+void keep_hidden(const FfnForward<T, F>& call, index_t panel, index_t count, const T* block, index_t block_row) {
     constexpr index_t lanes = Simd<T>::lanes, step = Function::gated ? 2 : 1;
     const index_t vectors = panel_vectors * count;
     // Whole lines that go past the caches need not be read first.
-    const bool stream = call.kept_past_caches && call.kept.up != nullptr && vector_bytes == 64 &&
+    const bool stream = call.kept_past_caches && vector_bytes == 64 &&
                         part::streams(call.kept.up + panel * panel_vectors / step * lanes, lanes) &&
                         part::streams(call.kept.up + call.kept.stride, lanes) &&
                         (!Function::gated || part::streams(call.kept.gate, lanes));
@@ -75,31 +107,16 @@ void finish_hidden(const Function& function, const FfnForward<T, F>& call, index
             const index_t j = (panel * panel_vectors + v) / step * lanes,
                           here = std::min(lanes, call.hidden.columns - j);
             if (here <= 0) break;
-            const auto gate = load(block + v * lanes), up = load(block + (v + step - 1) * lanes);
-            const auto write_inner = [&](index_t some) __attribute__((always_inline)) {
-                if (call.inner != nullptr)
-                    store_some<T>(call.inner + r * call.inner_row + (j - first), function.value(gate, up), some);
-                else if constexpr (written_at_once<T, F>)
-                    if (call.inner_operand.words != nullptr)
-                        write_vector(function.value(gate, up), j - first, some, call.inner_operand, r);
+            const auto keep = [&](const FfnRows<T>& rows, T* to, index_t vector) __attribute__((always_inline)) {
+                const auto value = load(block + vector * lanes);
+                to += r * rows.stride + j;
+                if (stream && here == lanes)
+                    part::stream<T>(to, value);
+                else
+                    store_some<T>(to, value, here);
             };
-            T* const kept = call.kept.up == nullptr ? nullptr : call.kept.up + r * call.kept.stride + j;
-            T* const kept_gate =
-                kept == nullptr || !Function::gated ? nullptr : call.kept.gate + r * call.kept.stride + j;
-            if (here == lanes) {
-                if (stream) {
-                    part::stream<T>(kept, up);
-                    if constexpr (Function::gated) part::stream<T>(kept_gate, gate);
-                } else {
-                    if (kept != nullptr) store(kept, up);
-                    if (kept_gate != nullptr) store(kept_gate, gate);
-                }
-                write_inner(lanes);
-            } else {
-                if (kept != nullptr) store_some<T>(kept, up, here);
-                if (kept_gate != nullptr) store_some<T>(kept_gate, gate, here);
-                write_inner(here);
-            }
+            keep(call.kept, call.kept.up, v + step - 1);
+            if constexpr (Function::gated) keep(call.kept, call.kept.gate, v);
         }
 }
 
@@ -118,7 +135,9 @@ void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
         [](const PanelGroup&) { return Nothing{}; },
         [&](index_t panel, index_t count, const T* block, index_t block_row) {
             with_function<T>(call.function, call.hidden.paired, [&](const auto& function) {
-                part::finish_hidden(function, call, panel, count, first_column, block, block_row);
+                using Function = std::remove_cvref_t<decltype(function)>;
+                if (call.kept.up != nullptr) part::keep_hidden<Function>(call, panel, count, block, block_row);
+                part::activate_hidden(function, call, panel, count, first_column, block, block_row);
             });
         });
     if (call.kept_past_caches) part::end_stream();
@@ -145,6 +164,7 @@ void ffn_output(const FfnForward<T, F>& call, index_t first, index_t last, index
     product.c = call.out;
     product.c_row = call.out_row;
     product.add = begin > 0 || bias;
+    product.past_caches = call.out_past_caches && end == call.down.depth;  // nothing is added later
     product.room = call.room;
     multiply(product, first, last, begin / Format<F>::per_word, words_of<F>(end));
 }

@@ -11,6 +11,7 @@ struct Product {
     typename F::sum* c = nullptr;  // [rows, columns]
     index_t c_row = 0;
     bool add = false;
+    bool past_caches = false;          // c is too much to be found in a cache again
     typename F::word* room = nullptr;  // pack_room words, where b is not stored
 };
 
@@ -62,6 +63,8 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
     constexpr index_t width = panel_width<T>;
     const index_t columns = product.b.columns;
     const index_t block_depth = product.b.stored != nullptr ? depth_block<T> : packed_depth_block<T>;
+    const bool stream = !Format<T>::grouped && product.past_caches && !product.add && end - begin <= block_depth &&
+                        part::streams(product.c, product.c_row);
     for (index_t p0 = begin; p0 == begin || p0 < end; p0 += block_depth) {
         const index_t p1 = std::min(end, p0 + block_depth);
         for_panels(product.b, product.rows, first, last, p0, p1, product.room,
@@ -73,12 +76,14 @@ void multiply(const Product<T>& product, index_t first, index_t last, index_t be
                        call.c = product.c + j0;
                        call.c_row = product.c_row;
                        call.add = product.add || p0 > begin;
+                       call.past_caches = stream;
                        if (here == count * width)
                            tiles(product.rows, count, call, ahead);
                        else
                            partial_tiles(product.rows, count, here, call, ahead);
                    });
     }
+    if (stream) part::end_stream();
 }
 
 template <class T>
