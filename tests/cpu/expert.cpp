@@ -117,6 +117,33 @@ TEST_CASE("pre-activations that are too many for any cache are the same numbers"
     }
 }
 
+TEST_CASE("outputs that are too many for any cache are the same numbers, and bf16's have the bits of few") {
+    if (few_sizes) return;
+    for (const index_t width : {32768, 33000})
+        for (const bool bias : {false, true}) {
+            const FfnCase c{
+                .rows = {130}, .width = width, .hidden = 3, .function = Activation::silu, .gated = true, .bias = bias};
+            FfnCase of_few = c;
+            of_few.rows = {2};
+            CAPTURE(text(c));
+            FfnRun<float> run(c), few(of_few);  // the first tokens, and all weights, are drawn alike
+            Expected<float> expected(run);
+            for (const Isa isa : instruction_sets())
+                for (const int threads : {1, 2}) {
+                    CAPTURE(name_of(isa));
+                    CAPTURE(threads);
+                    const Cpu device{.threads = threads, .isa = isa};
+                    run.forward(device);
+                    CHECK(difference(run.rows, expected.run.rows) <= tolerance<float>);
+                    for (FfnRun<float>* of : {&run, &few})
+                        of->forward(device, of->pack(device, PackedFor::inference, false, PackedFormat::bf16), {},
+                                    of->rows.v);
+                    CHECK(std::memcmp(few.rows.v.data, run.rows.v.data,
+                                      static_cast<std::size_t>(few.rows.v.size()) * sizeof(float)) == 0);
+                }
+        }
+}
+
 TEST_CASE("gradients that replace are those that are added to zeros, whatever was there and however much there is") {
     // 16 MiB and more of them pass the caches by: in whole lines, and in rows that are not. One expert has no rows.
     if (few_sizes) return;

@@ -245,6 +245,12 @@ TEST_CASE("weights of fewer bits: tall tiles of narrow rows") {
                 run(one, 1), run(three, 3);
                 check_same(three, one);
                 CHECK(relative_difference(one, full) <= 4e-2);
+
+                FfnRun<float> kept_only(c);
+                kept_only.forward({.isa = isa}, kept_only.pack({.isa = isa}, PackedFor::inference, false, format),
+                                  kept_only.kept(), {});
+                CHECK(std::memcmp(kept_only.kept_up.v.data, one.kept_up.v.data,
+                                  static_cast<std::size_t>(one.kept_up.v.size()) * sizeof(float)) == 0);
             }
 }
 

@@ -97,8 +97,9 @@ private:
             for (index_t r = 0; r < call.rows; ++r)
                 Kernels::write_row(&x(plan_.choice[tile.begin + r] / plan_.top_k(), 0), width_, call.x, r);
             if (rows.present())
-                call.inner_operand = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data),
-                                                                  call.rows, std::min(hidden_, block_columns(call.rows)));
+                call.inner_operand =
+                    Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data), call.rows,
+                                                 std::min(hidden_, block_columns(call.rows)));
         }
         if (packed_.header.present()) {
             call.hidden = this->template stored<F>(packed_.hidden, e, width_, hidden_, gated_);

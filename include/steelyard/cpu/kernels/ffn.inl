@@ -27,13 +27,13 @@ struct FfnForward {
     Operand<F> inner_operand = {};  // the same, where F is not T: of what is in `inner`, or without one
     T* out = nullptr;               // [rows, d] (=), or null
     index_t out_row = 0;
-    bool out_past_caches = false;  // out is too much to be found in a cache again
+    bool out_past_caches = false;              // out is too much to be found in a cache again
     T* block = nullptr;                        // [max(rows, 8), columns of panels_together]
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
 
-/// Whether what goes through the activation can be written in the format F at once: T itself is, and int8 needs all of a
-/// group first.
+/// Whether what goes through the activation can be written in the format F at once: T itself is, and int8 needs all of
+/// a group first.
 template <class T, class F>
 inline constexpr bool written_at_once = !std::is_same_v<T, F> && !Format<F>::grouped;
 
@@ -60,12 +60,13 @@ bool start_with_bias(const FfnForward<T, F>& call, index_t panel, index_t count,
 }
 
 /// Pre-activations [rows, vectors] of columns from `panel` on: through the activation to `inner` or to
-/// `inner_operand`.
+/// `inner_operand`, if to either.
 template <class Function, class T, class F>
 void activate_hidden(const Function& function, const FfnForward<T, F>& call, index_t panel, index_t count,
                      index_t first, const T* block, index_t block_row) {
     constexpr index_t lanes = Simd<T>::lanes, step = Function::gated ? 2 : 1;
     const index_t rows = call.rows, vectors = panel_vectors * count;
+    if (call.inner == nullptr && call.inner_operand.words == nullptr) return;
     for (index_t v = 0; v < vectors; v += step) {
         const index_t j = (panel * panel_vectors + v) / step * lanes;
         const index_t here = std::min(lanes, call.hidden.columns - j);
@@ -294,9 +295,8 @@ void ffn_activate(const FfnFunction& function, bool gated, index_t rows, index_t
 /// The gradients of the pre-activations from dinner [rows, columns], as ffn_backward_hidden writes them.
 template <class T>
 void ffn_activate_backward(const FfnBackward<T>& call, index_t columns, const T* dinner, index_t dinner_row) {
-    with_function<T>(call.function, call.grad.gate != nullptr, [&](const auto& a) {
-        part::finish_backward(a, call, index_t{0}, columns, dinner, dinner_row);
-    });
+    with_function<T>(call.function, call.grad.gate != nullptr,
+                     [&](const auto& a) { part::finish_backward(a, call, index_t{0}, columns, dinner, dinner_row); });
 }
 
 /// Products and feed-forward experts, for code outside.

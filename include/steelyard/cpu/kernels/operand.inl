@@ -42,7 +42,8 @@ inline void store_int8(const Simd<float>::ints& q, index_t j, index_t count, For
         constexpr int lanes = Simd<float>::lanes;
         const auto paired = [&]<std::size_t... I>(std::index_sequence<I...>) {
             return __builtin_shufflevector(narrow, narrow, (I / 4 * 4 + I % 2 * 2 + I / 2 % 2)...);
-        }(std::make_index_sequence<lanes>{});
+        }
+        (std::make_index_sequence<lanes>{});
         store_narrow(reinterpret_cast<std::int16_t*>(words) + j, paired, count);
     } else {
         store_narrow(reinterpret_cast<std::int8_t*>(words) + j, __builtin_convertvector(q, Simd<float>::bytes), count);

@@ -107,8 +107,8 @@ struct PanelGroup {
 /// rows. `sums` has room for max(rows, 8) rows of their columns.
 template <class T, class Start, class Before, class Finish>
 void multiply_panels(const Operand<T>& a, index_t rows, const Right<T>& b, index_t first, index_t last,
-                     index_t side_by_side, typename Format<T>::sum* sums, typename Format<T>::word* room, Start&& start, Before&& before,
-                     Finish&& finish) {
+                     index_t side_by_side, typename Format<T>::sum* sums, typename Format<T>::word* room, Start&& start,
+                     Before&& before, Finish&& finish) {
     const index_t depth = b.words();
     // Where the depth is cut, sums of several panels wait side by side for the next block of it.
     const bool whole = depth <= depth_block<T>;

@@ -91,7 +91,8 @@ struct TokenTerms {
     }
 };
 
-/// Tokens whose sums are taken side by side: a processor reads about eight rows at once faster than one after the other.
+/// Tokens whose sums are taken side by side: a processor reads about eight rows at once faster than one after the
+/// other.
 template <class T>
 struct TokenGroup {
     static constexpr index_t rows_at_once = 8, most = rows_at_once;

@@ -112,7 +112,6 @@ struct LeftRows {
             }
         }
     }
-
 };
 
 /// One step of the depth.
@@ -162,8 +161,7 @@ template <class T, int Rows, int Panels, bool Brings = true, class Sums, class L
                                               index_t steps, const char*& next, index_t next_stride,
                                               index_t few_rows_ahead) {
     if constexpr (Brings && Rows <= few_rows)
-        if (next == nullptr)
-            return tile_steps<T, Rows, Panels, false>(sum, a, b, b_panel, steps, next, next_stride, 0);
+        if (next == nullptr) return tile_steps<T, Rows, Panels, false>(sum, a, b, b_panel, steps, next, next_stride, 0);
     const index_t panel_ahead = Rows <= few_rows ? few_rows_ahead : second_level_ahead;
     const auto round = [&]<int count>(std::integral_constant<int, count>) __attribute__((always_inline)) {
         if constexpr (Brings) bring_nearer<count>(next, next_stride);
