@@ -17,6 +17,11 @@ inline constexpr index_t tile_rows_bytes = index_t{9} << 17;
 inline constexpr index_t finished_row_bytes = 1024;
 /// What takes more bytes than this is out of every cache before it is read again.
 inline constexpr index_t past_caches_bytes = index_t{16} << 20;
+/// Whether so many elements are.
+template <class T>
+[[nodiscard]] constexpr bool exceeds_caches(index_t elements) {
+    return elements * index_t{sizeof(T)} > past_caches_bytes;
+}
 
 /// Whether the processor reads a run of addresses faster when it is told ahead. An Intel Cascade Lake does, by 7 to
 /// 20 %; an AMD Zen 4 took up to a third longer.

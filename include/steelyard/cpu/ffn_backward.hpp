@@ -129,7 +129,7 @@ private:
         bool add = true, past_caches = false;
     };
     [[nodiscard]] static bool out_of_caches(const FfnWeights<T>& grads) {
-        return (grads.gate.size() + grads.up.size() + grads.down.size()) * index_t{sizeof(T)} > past_caches_bytes;
+        return exceeds_caches<T>(grads.gate.size() + grads.up.size() + grads.down.size());
     }
 
     /// Gradients of the rows of one block = 0: the biases, and `all` with the weights.

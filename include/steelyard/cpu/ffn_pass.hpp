@@ -94,7 +94,7 @@ protected:
 
     /// Whether all rows of `columns` columns are more than caches hold.
     [[nodiscard]] bool past_caches(index_t columns) const {
-        return (plan_.offsets[plan_.experts()] - plan_.offsets[0]) * columns * index_t{sizeof(T)} > past_caches_bytes;
+        return exceeds_caches<T>((plan_.offsets[plan_.experts()] - plan_.offsets[0]) * columns);
     }
 
     /// Panels of an operand that lie ready in a block, of the layer's elements or of another format.

@@ -68,7 +68,7 @@ struct plan_ops<Cpu> {
     template <class T>
     static void dispatch(const Cpu& device, const Plan<>& plan, view<const T, 2> x, view<T, 2> rows) {
         const index_t filled = plan.offsets(plan.experts());
-        const bool past_caches = streams<T>(x.extents[0] + filled, x.extents[1]);
+        const bool past_caches = cpu::exceeds_caches<T>((x.extents[0] + filled) * x.extents[1]);
         cpu::parallel_for(device, tasks_of(filled), [&](index_t task, int) {
             cpu::with_kernels(device.isa, [&](auto kernels) {
                 kernels.template dispatch<T>(plan, x, rows, past_caches, task * row_block, end_of(task, filled));
@@ -81,7 +81,7 @@ struct plan_ops<Cpu> {
                         view<T, 2> y, Write write = Write::assign) {
         const index_t tokens = y.extents[0];
         const bool past_caches =
-            write == Write::assign && streams<T>(tokens + plan.offsets(plan.experts()), y.extents[1]);
+            write == Write::assign && cpu::exceeds_caches<T>((tokens + plan.offsets(plan.experts())) * y.extents[1]);
         cpu::parallel_for(device, tasks_of(tokens), [&](index_t task, int) {
             cpu::with_kernels(device.isa, [&](auto kernels) {
                 kernels.template combine<T>(plan, rows, weight, y, write == Write::add, past_caches, task * row_block,
@@ -115,12 +115,6 @@ private:
     static index_t sort_blocks(index_t tokens) { return std::min<index_t>((tokens + sort_block - 1) / sort_block, 64); }
     static index_t tasks_of(index_t items) { return (items + row_block - 1) / row_block; }
     static index_t end_of(index_t task, index_t items) { return std::min(items, (task + 1) * row_block); }
-
-    /// Whether so many rows, read or written, are more than the caches will keep until somebody reads them.
-    template <class T>
-    static bool streams(index_t rows, index_t columns) {
-        return rows * columns * static_cast<index_t>(sizeof(T)) > cpu::past_caches_bytes;
-    }
 };
 
 }  // namespace steelyard

@@ -77,18 +77,12 @@ void activate_hidden(const Function& function, const FfnForward<T, F>& call, ind
                 write(r, function.value(load(from), load(from + (step - 1) * lanes)));
         };
         if (call.inner != nullptr) {
-            T* to = call.inner + (j - first);
+            T* const to = call.inner + (j - first);
             const index_t to_row = call.inner_row;
-            if (here == lanes)
-                each_row([&](index_t r, auto value) { store(to + r * to_row, value); });
-            else
-                each_row([&](index_t r, auto value) { store_some<T>(to + r * to_row, value, here); });
+            each_row([&](index_t r, auto value) { store_some<T>(to + r * to_row, value, here); });
         } else if constexpr (written_at_once<T, F>) {
             const auto to = call.inner_operand;
-            if (here == lanes)
-                each_row([&](index_t r, auto value) { write_vector(value, j - first, lanes, to, r); });
-            else
-                each_row([&](index_t r, auto value) { write_vector(value, j - first, here, to, r); });
+            each_row([&](index_t r, auto value) { write_vector(value, j - first, here, to, r); });
         }
     }
 }
@@ -108,16 +102,16 @@ void keep_hidden(const FfnForward<T, F>& call, index_t panel, index_t count, con
             const index_t j = (panel * panel_vectors + v) / step * lanes,
                           here = std::min(lanes, call.hidden.columns - j);
             if (here <= 0) break;
-            const auto keep = [&](const FfnRows<T>& rows, T* to, index_t vector) __attribute__((always_inline)) {
+            const auto keep = [&](T * kept, index_t vector) __attribute__((always_inline)) {
                 const auto value = load(block + vector * lanes);
-                to += r * rows.stride + j;
+                T* const to = kept + r * call.kept.stride + j;
                 if (stream && here == lanes)
                     part::stream<T>(to, value);
                 else
                     store_some<T>(to, value, here);
             };
-            keep(call.kept, call.kept.up, v + step - 1);
-            if constexpr (Function::gated) keep(call.kept, call.kept.gate, v);
+            keep(call.kept.up, v + step - 1);
+            if constexpr (Function::gated) keep(call.kept.gate, v);
         }
 }
 

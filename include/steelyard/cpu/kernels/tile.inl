@@ -327,7 +327,7 @@ struct Nothing {
     void operator()(index_t, index_t) const {}
 };
 
-/// Brings what a tile adds to nearer.
+/// Brings what a tile adds to, or writes, nearer.
 template <class T>
 void prefetch_sums(const T* c, index_t c_row, index_t rows, index_t vectors) {
     for (index_t r = 0; r < rows; ++r)
