@@ -5,6 +5,7 @@
 // products do not depend on the tile a row is in (gemm.hpp), so the number of threads changes no bit.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "steelyard/core/layout.hpp"
@@ -26,28 +27,37 @@ struct RowTile {
     index_t expert = 0, begin = 0, end = 0;
 };
 
-/// The grouped rows cut into tiles of at most `height` rows that never span two experts.
+/// The grouped rows cut into tiles that never span two experts. Where there are several threads they get smaller
+/// towards the end, a share of the rows that are left, so that no thread waits long for the last one.
 struct Tiling {
     view<index_t, 1> offsets;  // [E + 1]
-    index_t height = tile_rows;
+    index_t most;              // rows of a tile
+    index_t shares;            // a tile is one of so many of what is left
 
-    /// Smaller tiles where there would be too few to keep the threads busy.
-    Tiling(const Cpu& device, view<index_t, 1> plan_offsets, index_t most = tile_rows)
-        : offsets(plan_offsets), height(most) {
-        while (height > 48 && tiles() < 3 * device.threads) height /= 2;
-    }
+    Tiling(const Cpu& device, view<index_t, 1> plan_offsets, index_t most_rows = tile_rows)
+        : offsets(plan_offsets), most(most_rows), shares(device.threads > 1 ? index_t{8} * device.threads : 1) {}
+
     [[nodiscard]] index_t tiles() const {
         index_t n = 0;
-        for (index_t e = 0; e + 1 < offsets.extents[0]; ++e) n += (offsets[e + 1] - offsets[e] + height - 1) / height;
+        for (index_t e = 0; e + 1 < offsets.extents[0]; ++e) n += tiles_of(e);
         return n;
     }
     [[nodiscard]] RowTile tile(index_t index) const {
         for (index_t e = 0;; ++e) {
-            const index_t rows = offsets[e + 1] - offsets[e], here = (rows + height - 1) / height;
+            const index_t rows = offsets[e + 1] - offsets[e], here = tiles_of(e);
             if (index < here)  // of even height: the last one would be the least efficient otherwise
                 return {e, offsets[e] + rows * index / here, offsets[e] + rows * (index + 1) / here};
             index -= here;
         }
+    }
+
+private:
+    static constexpr index_t least = 48;  // rows, of fewer the weights would be read too often
+
+    [[nodiscard]] index_t tiles_of(index_t e) const {
+        const index_t left = offsets[offsets.extents[0] - 1] - offsets[e];
+        const index_t height = std::min(most, std::max(least, left / shares));
+        return (offsets[e + 1] - offsets[e] + height - 1) / height;
     }
 };
 
