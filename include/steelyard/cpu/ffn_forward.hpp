@@ -28,9 +28,10 @@ public:
         parallel_for(device_, tiling.tiles(), [&](index_t task, int thread) {
             const RowTile tile = tiling.tile(task);
             const auto own = part(thread);
-            auto call = call_of(tile, x, kept, rows, own);
-            if (rows.present() && !in_format) call.inner = own.hidden.data;
-            const index_t block = block_columns(call.rows), columns = call.hidden.panel_columns();
+            const index_t block = block_columns(own, tile.end - tile.begin);
+            auto call = call_of(tile, x, kept, rows, own, block);
+            if (rows.present() && !Forward::hidden_in_format) call.inner = own.hidden.data;
+            const index_t columns = call.hidden.panel_columns();
             call.inner_row = std::min(block, whole_panels(hidden_)) + row_gap<T>;
             const index_t step = block / columns;
             for (index_t q = 0; q < call.hidden.panels(); q += step) {
@@ -69,21 +70,20 @@ private:
         }
     }
 
-    /// Whether the hidden layer comes in the format of the second product at once, and its bytes of an element.
-    static constexpr bool in_format = Kernels::template hidden_in_format<T, F>;
-    static constexpr index_t inner_bytes = in_format ? Kernels::template element_bytes<F> : index_t{sizeof(T)};
-
     /// Columns of the hidden layer that a tile computes at once: few rows have room for more of them, and `down` is
     /// then read in longer runs.
-    [[nodiscard]] index_t block_columns(index_t rows) const {
-        constexpr index_t block = hidden_block * index_t{sizeof(T)} / inner_bytes;
-        const index_t room = (in_format ? part(0).room.size() : part(0).hidden.size()) * index_t{sizeof(T)};
-        const index_t most = (room / rows - row_gap<T> * index_t{sizeof(T)}) / inner_bytes;
+    [[nodiscard]] index_t block_columns(const FfnScratch<T>& own, index_t rows) const {
+        constexpr index_t bytes = Forward::hidden_in_format ? Kernels::template element_bytes<F> : index_t{sizeof(T)};
+        constexpr index_t block = hidden_block * index_t{sizeof(T)} / bytes;
+        const index_t room =
+            (Forward::hidden_in_format ? own.room.size() : own.hidden.size()) * index_t{sizeof(T)} / rows;
+        const index_t most = (room - row_gap<T> * index_t{sizeof(T)}) / bytes;
         return std::clamp<index_t>(most / block, 1, (hidden_ + block - 1) / block) * block;
     }
 
+    /// What the products of a tile are told; `block` columns of the hidden layer come in the format of the second.
     [[nodiscard]] Forward call_of(const RowTile& tile, view<const T, 2> x, const FfnKept<T>& kept, view<T, 2> rows,
-                                  const FfnScratch<T>& own) const {
+                                  const FfnScratch<T>& own, index_t block) const {
         const index_t e = tile.expert;
         const auto bias = [e](view<const T, 2> of) { return of.present() ? of[e].data : nullptr; };
         Forward call;
@@ -97,9 +97,8 @@ private:
             for (index_t r = 0; r < call.rows; ++r)
                 Kernels::write_row(&x(plan_.choice[tile.begin + r] / plan_.top_k(), 0), width_, call.x, r);
             if (rows.present())
-                call.inner_operand =
-                    Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data), call.rows,
-                                                 std::min(hidden_, block_columns(call.rows)));
+                call.inner_operand = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data),
+                                                                  call.rows, std::min(hidden_, block));
         }
         if (packed_.header.present()) {
             call.hidden = this->template stored<F>(packed_.hidden, e, width_, hidden_, gated_);
@@ -132,7 +131,7 @@ private:
             const index_t parts = std::max<index_t>(1, 12 * device_.threads / std::max<index_t>(1, tiles));
             parallel_for(device_, tiles * parts, [&](index_t task, int thread) {
                 const RowTile tile = tiling.tile(task / parts);
-                Forward call = call_of(tile, x, kept, rows, part(thread));
+                Forward call = call_of(tile, x, kept, rows, part(thread), hidden_block);
                 call.inner = &scratch_.inner(tile.begin - first, 0);
                 call.inner_row = scratch_.inner.strides[0];
                 const index_t panels = (call.*operand).panels(), at = task % parts;

@@ -1,6 +1,8 @@
 // Instruction sets of the CPU device: which ones there are, and which one this machine takes.
 #pragma once
 
+#include <cstddef>
+#include <iterator>
 #include <string_view>
 
 namespace steelyard {
@@ -18,9 +20,16 @@ namespace steelyard {
 /// Bits of results differ from one to another, as between compilers.
 enum class Isa { automatic, compiled, avx2, avx512, avx512_vnni, avx512_bf16 };
 
+inline constexpr std::string_view isa_names[] = {"automatic", "compiled",    "avx2",
+                                                 "avx512",    "avx512_vnni", "avx512_bf16"};
+
+/// Whether it is one of those above, and not another integer.
+[[nodiscard]] constexpr bool is_known(Isa isa) {
+    return isa >= Isa{} && static_cast<std::size_t>(isa) < std::size(isa_names);
+}
+
 [[nodiscard]] constexpr std::string_view name_of(Isa isa) {
-    constexpr std::string_view names[] = {"automatic", "compiled", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
-    return names[static_cast<int>(isa)];
+    return is_known(isa) ? isa_names[static_cast<std::size_t>(isa)] : "an unknown one";
 }
 
 /// What the compiler was told of.
@@ -39,7 +48,8 @@ inline constexpr Isa compiled_isa =
 #endif
 
 /// Whether this machine can run it.
-[[nodiscard]] inline bool has_isa([[maybe_unused]] Isa isa) {
+[[nodiscard]] inline bool has_isa(Isa isa) {
+    if (!is_known(isa)) return false;
     if (isa <= Isa::compiled || isa <= compiled_isa) return true;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -12,6 +12,10 @@ struct FfnRows {
 /// Forward of some rows with weights of the format F.
 template <class T, class F = T>
 struct FfnForward {
+    /// Whether the hidden layer is written in the format of the second product at once: T itself needs no other, and
+    /// int8 needs all of a group first.
+    static constexpr bool hidden_in_format = !std::is_same_v<T, F> && !Format<F>::grouped;
+
     FfnFunction function = Activation::relu;
     index_t rows = 0;
     Operand<F> x = {};              // [rows, d]
@@ -31,11 +35,6 @@ struct FfnForward {
     T* block = nullptr;                        // [max(rows, 8), columns of panels_together]
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
-
-/// Whether what goes through the activation can be written in the format F at once: T itself is, and int8 needs all of
-/// a group first.
-template <class T, class F>
-inline constexpr bool written_at_once = !std::is_same_v<T, F> && !Format<F>::grouped;
 
 /// Panels that go through the activation together where memory takes part in it.
 template <class T>
@@ -80,7 +79,7 @@ void activate_hidden(const Function& function, const FfnForward<T, F>& call, ind
             T* const to = call.inner + (j - first);
             const index_t to_row = call.inner_row;
             each_row([&](index_t r, auto value) { store_some<T>(to + r * to_row, value, here); });
-        } else if constexpr (written_at_once<T, F>) {
+        } else if constexpr (FfnForward<T, F>::hidden_in_format) {
             const auto to = call.inner_operand;
             each_row([&](index_t r, auto value) { write_vector(value, j - first, here, to, r); });
         }
@@ -313,8 +312,6 @@ struct ExpertKernels {
     /// Bytes of an element of a left operand.
     template <class F>
     static constexpr index_t element_bytes = index_t{sizeof(typename Format<F>::left)} / Format<F>::per_word;
-    template <class T, class F>
-    static constexpr bool hidden_in_format = written_at_once<T, F>;
 
     template <class T>
     static void product(const Product<T>& of) {
