@@ -15,7 +15,9 @@
 #include "steelyard/cpu/kernels/operand.inl"
 #include "steelyard/cpu/kernels/pack.inl"
 #include "steelyard/cpu/kernels/product.inl"
-#include "steelyard/cpu/kernels/ffn.inl"
+#include "steelyard/cpu/kernels/ffn_forward.inl"
+#include "steelyard/cpu/kernels/ffn_backward.inl"
+#include "steelyard/cpu/kernels/expert.inl"
 #if defined(STEELYARD_CPU_KERNELS_LINKED)
 #include "steelyard/cpu/kernels/linked.inl"
 #endif
