@@ -8,6 +8,7 @@
 #include "steelyard/ops/assign_ops.hpp"
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -59,17 +60,13 @@ struct Base {
     [[nodiscard]] int top_k(const LayerShape&) const { return 1; }
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
+        using detail::refuse_option;
+        if (Status s = detail::check_scored(shape); !s) return s;
         if (solver != AssignSolver::exact && solver != AssignSolver::auction)
-            return refuse("solver", "exact or auction", std::to_string(static_cast<int>(solver)));
+            return refuse_option("solver", "exact or auction", std::to_string(static_cast<int>(solver)));
         if (remainder != Remainder::best && remainder != Remainder::lowest)
-            return refuse("remainder", "best or lowest", std::to_string(static_cast<int>(remainder)));
-        if (!std::isfinite(epsilon) || epsilon <= 0.0)
-            return refuse("epsilon", "a finite number above 0", std::to_string(epsilon));
+            return refuse_option("remainder", "best or lowest", std::to_string(static_cast<int>(remainder)));
+        if (Status s = detail::check_positive("epsilon", epsilon); !s) return s;
         return {};
     }
 

@@ -9,6 +9,7 @@
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -61,16 +62,9 @@ struct DSelectK {
 
     /// Refuses options that do not fit the shape.
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
-        if (k < 1 || k > shape.experts)
-            return refuse("selectors", "1 to " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(k));
-        if (!std::isfinite(gamma) || gamma <= 0.0)
-            return refuse("gamma", "a finite number above 0", std::to_string(gamma));
+        if (Status s = detail::check_scored(shape); !s) return s;
+        if (Status s = detail::check_choices("selectors", k, shape); !s) return s;
+        if (Status s = detail::check_positive("gamma", gamma); !s) return s;
         return {};
     }
 
@@ -91,9 +85,8 @@ struct DSelectK {
                  const RouterInput<T, typename Device::space>& input, const Routing<T, typename Device::space>& routing,
                  std::byte* scratch) const {
         const auto own = evaluate<T>(device, params, input, routing.logits.extents[1], scratch);
-        const index_t bad = selector_ops<Device>::template select<T>(device, rule(routing.logits.extents[1]),
-                                                                     input.tokens.mask, own.codes, own.mixture,
-                                                                     routing, own.ops.data);
+        const index_t bad = selector_ops<Device>::template select<T>(
+            device, rule(routing.logits.extents[1]), input.tokens.mask, own.codes, own.mixture, routing, own.ops.data);
         return bad < 0 ? Status{} : refuse_logits(routing.logits, bad);
     }
 

@@ -9,6 +9,7 @@
 #include "steelyard/ops/overflow_ops.hpp"
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -74,17 +75,14 @@ struct ExpertChoice {
     }
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
+        using detail::refuse_option;
+        if (Status s = detail::check_scored(shape); !s) return s;
         if (!(capacity_factor >= 1e-6 && capacity_factor <= 4096.0))
-            return refuse("capacity_factor", "a number from 1e-6 to 4096", std::to_string(capacity_factor));
+            return refuse_option("capacity_factor", "a number from 1e-6 to 4096", std::to_string(capacity_factor));
         if (rounding != Rounding::ceil && rounding != Rounding::floor)
-            return refuse("rounding", "ceil or floor", std::to_string(static_cast<int>(rounding)));
-        if (multiple_of < 1) return refuse("multiple_of", "at least 1", std::to_string(multiple_of));
-        if (capacity < 0) return refuse("capacity", "a number that is not negative", std::to_string(capacity));
+            return refuse_option("rounding", "ceil or floor", std::to_string(static_cast<int>(rounding)));
+        if (multiple_of < 1) return refuse_option("multiple_of", "at least 1", std::to_string(multiple_of));
+        if (capacity < 0) return refuse_option("capacity", "a number that is not negative", std::to_string(capacity));
         return {};
     }
 

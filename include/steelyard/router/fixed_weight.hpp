@@ -6,6 +6,7 @@
 
 #include "steelyard/ops/assign_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -22,16 +23,11 @@ enum class FixedWeight {
 
 namespace detail::fixed {
 
-inline Status refuse(std::string option, std::string expected, std::string came) {
-    return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-}
-
 inline Status check(int k, FixedWeight weight, const LayerShape& shape) {
-    if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-    if (k < 1 || k > shape.experts)
-        return refuse("top_k", "1 to " + std::to_string(shape.experts) + " (the number of experts)", std::to_string(k));
+    if (Status s = check_experts(shape); !s) return s;
+    if (Status s = check_choices("top_k", k, shape); !s) return s;
     if (weight != FixedWeight::mean && weight != FixedWeight::one)
-        return refuse("weight", "mean or one", std::to_string(static_cast<int>(weight)));
+        return refuse_option("weight", "mean or one", std::to_string(static_cast<int>(weight)));
     return {};
 }
 
@@ -40,8 +36,9 @@ template <class Space>
 Status check_ids(const TokenInfo<Space>& info, index_t tokens) {
     const index_t came = info.ids.present() ? info.ids.extents[0] : 0;
     if (came >= tokens) return {};
-    return refuse("ids, token " + std::to_string(came), "an id for each of the " + std::to_string(tokens) + " tokens",
-                  came == 0 ? "no ids" : std::to_string(came) + " ids");
+    return refuse_option("ids, token " + std::to_string(came),
+                         "an id for each of the " + std::to_string(tokens) + " tokens",
+                         came == 0 ? "no ids" : std::to_string(came) + " ids");
 }
 
 /// The refusal of a token whose id is not in [0, ids).
@@ -49,8 +46,8 @@ template <class Space>
 Status refuse_id(const TokenInfo<Space>& info, index_t token, index_t ids) {
     std::string came = "another";
     if constexpr (std::is_same_v<Space, HostSpace>) came = std::to_string(info.ids[token]);
-    return refuse("ids, token " + std::to_string(token),
-                  ids > 0 ? "0 to " + std::to_string(ids - 1) : "an id that is known; there are none", came);
+    return refuse_option("ids, token " + std::to_string(token),
+                         ids > 0 ? "0 to " + std::to_string(ids - 1) : "an id that is known; there are none", came);
 }
 
 }  // namespace detail::fixed

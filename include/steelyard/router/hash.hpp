@@ -48,17 +48,17 @@ struct Hash {
     [[nodiscard]] Status check(const LayerShape& shape) const {
         if (Status s = detail::fixed::check(k, weight, shape); !s || !table.present()) return s;
         if (table.extents[1] != k)
-            return detail::fixed::refuse("table", std::to_string(k) + " columns (k)", std::to_string(table.extents[1]));
+            return detail::refuse_option("table", std::to_string(k) + " columns (k)", std::to_string(table.extents[1]));
         for (index_t id = 0; id < table.extents[0]; ++id)
             for (index_t i = 0; i < k; ++i) {
                 const expert_t e = table(id, i);
                 if (e < 0 || e >= shape.experts)
-                    return detail::fixed::refuse("table, id " + std::to_string(id),
+                    return detail::refuse_option("table, id " + std::to_string(id),
                                                  "experts from 0 to " + std::to_string(shape.experts - 1),
                                                  std::to_string(e));
                 for (index_t j = 0; j < i; ++j)
                     if (table(id, j) == e)
-                        return detail::fixed::refuse("table, id " + std::to_string(id), "distinct experts",
+                        return detail::refuse_option("table, id " + std::to_string(id), "distinct experts",
                                                      std::to_string(e) + " twice");
             }
         return {};

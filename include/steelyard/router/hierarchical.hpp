@@ -7,6 +7,7 @@
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 #include "steelyard/router/top_k.hpp"
 
 namespace steelyard {
@@ -48,20 +49,16 @@ struct Hierarchical {
 
     /// Refuses options that do not fit the shape; what a level refuses is named "outer" or "inner".
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](std::string option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (groups < 1 || shape.experts % groups != 0)
-            return refuse("groups", "a divisor of " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(groups));
+        using detail::refuse_option;
+        if (Status s = detail::check_experts(shape); !s) return s;
+        if (Status s = detail::check_divides_experts("groups", groups, shape); !s) return s;
         LayerShape level = shape;
         level.experts = groups;
-        if (Status s = outer.check(level); !s) return refuse("outer." + s.tensor(), s.expected(), s.came());
+        if (Status s = outer.check(level); !s) return refuse_option("outer." + s.tensor(), s.expected(), s.came());
         level.experts = shape.experts / groups;
-        if (Status s = inner.check(level); !s) return refuse("inner." + s.tensor(), s.expected(), s.came());
+        if (Status s = inner.check(level); !s) return refuse_option("inner." + s.tensor(), s.expected(), s.came());
         if (outer.score != Score::softmax || inner.score != Score::softmax)
-            return refuse("score", "softmax at both levels", "sigmoid");
+            return refuse_option("score", "softmax at both levels", "sigmoid");
         return {};
     }
 
@@ -134,9 +131,9 @@ struct Hierarchical {
 private:
     template <class T, class Space>
     struct Scratch {
-        Routing<T, Space> outer, inner;          // inner choices and weights: [T, G K2]
+        Routing<T, Space> outer, inner;  // inner choices and weights: [T, G K2]
         RoutingGrad<T, Space> douter, dinner;
-        view<float, 1, Space> bias;              // [G]
+        view<float, 1, Space> bias;  // [G]
         view<std::byte, 1, Space> ops;
 
         template <class Field>

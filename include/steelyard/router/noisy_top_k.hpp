@@ -8,6 +8,7 @@
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -74,18 +75,10 @@ struct NoisyTopK {
 
     /// Refuses options that do not fit the shape.
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
-        if (k < 1 || k > shape.experts)
-            return refuse("top_k", "1 to " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(k));
-        if (!std::isfinite(floor) || floor <= 0.0)
-            return refuse("floor", "a finite number above 0", std::to_string(floor));
-        if (!std::isfinite(spread) || spread < 0.0)
-            return refuse("spread", "a finite number that is not negative", std::to_string(spread));
+        if (Status s = detail::check_scored(shape); !s) return s;
+        if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
+        if (Status s = detail::check_positive("floor", floor); !s) return s;
+        if (Status s = detail::check_not_negative("spread", spread); !s) return s;
         return {};
     }
 
@@ -109,8 +102,8 @@ struct NoisyTopK {
         ops::template logits<T>(device, input.x, params.weight, RouterNoise{}, routing.logits, own.ops.data);
         const auto spread_of_tokens = raw_spread<T>(device, noise, params, input, own);
         noise_ops<Device>::template add_noise<T>(device, noise, spread_of_tokens, routing.logits);
-        const index_t bad = ops::template select<T>(device, rule(), input.selection_bias, input.tokens.mask, routing,
-                                                    own.ops.data);
+        const index_t bad =
+            ops::template select<T>(device, rule(), input.selection_bias, input.tokens.mask, routing, own.ops.data);
         if (bad >= 0) return refuse_logits(routing.logits, bad);
         if (routing.smooth_load.size() != 0)
             noise_ops<Device>::template smooth_load<T>(device, noise, input.tokens.mask, spread_of_tokens,
@@ -155,9 +148,9 @@ private:
     [[nodiscard]] SelectionRule rule() const { return {.top_k = k, .weight = weight}; }
 
     template <class T, class Device>
-    [[nodiscard]] Scratch<T, typename Device::space> place_scratch(
-        const RouterInput<T, typename Device::space>& input, const Routing<T, typename Device::space>& routing,
-        std::byte* scratch) const {
+    [[nodiscard]] Scratch<T, typename Device::space> place_scratch(const RouterInput<T, typename Device::space>& input,
+                                                                   const Routing<T, typename Device::space>& routing,
+                                                                   std::byte* scratch) const {
         return place<Scratch<T, typename Device::space>>(scratch, *this, input.x.extents[0], routing.logits.extents[1],
                                                          index_t{1});
     }
@@ -175,9 +168,10 @@ private:
 
     /// x W_n^T in scratch, or absent where the noise is fixed or off.
     template <class T, class Device>
-    [[nodiscard]] view<T, 2, typename Device::space> raw_spread(
-        const Device& device, const NoiseRule& noise, const Params<const T, typename Device::space>& params,
-        const RouterInput<T, typename Device::space>& input, const Scratch<T, typename Device::space>& own) const {
+    [[nodiscard]] view<T, 2, typename Device::space> raw_spread(const Device& device, const NoiseRule& noise,
+                                                                const Params<const T, typename Device::space>& params,
+                                                                const RouterInput<T, typename Device::space>& input,
+                                                                const Scratch<T, typename Device::space>& own) const {
         if (level == NoiseLevel::fixed || !noise.active()) return {};
         router_ops<Device>::template logits<T>(device, input.x, params.noise, RouterNoise{}, own.spread, own.ops.data);
         return own.spread;

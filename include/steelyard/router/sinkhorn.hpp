@@ -9,6 +9,7 @@
 #include "steelyard/ops/assign_ops.hpp"
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -60,19 +61,12 @@ struct Sinkhorn {
     [[nodiscard]] int top_k(const LayerShape&) const { return k; }
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
-        if (k < 1 || k > shape.experts)
-            return refuse("top_k", "1 to " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(k));
-        if (!std::isfinite(temperature) || temperature <= 0.0)
-            return refuse("temperature", "a finite number above 0", std::to_string(temperature));
-        if (!std::isfinite(tolerance) || tolerance < 0.0)
-            return refuse("tolerance", "a finite number that is not negative", std::to_string(tolerance));
-        if (iterations < 1) return refuse("iterations", "at least 1", std::to_string(iterations));
+        using detail::refuse_option;
+        if (Status s = detail::check_scored(shape); !s) return s;
+        if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
+        if (Status s = detail::check_positive("temperature", temperature); !s) return s;
+        if (Status s = detail::check_not_negative("tolerance", tolerance); !s) return s;
+        if (iterations < 1) return refuse_option("iterations", "at least 1", std::to_string(iterations));
         return {};
     }
 

@@ -9,6 +9,7 @@
 #include "steelyard/core/bytes.hpp"
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -53,16 +54,11 @@ struct TaskRouter {
 
     /// Refuses options that do not fit the shape.
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (k < 1 || k > shape.experts)
-            return refuse("top_k", "1 to " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(k));
-        if (tasks < 1) return refuse("tasks", "at least 1", std::to_string(tasks));
-        if (!std::isfinite(scale) || scale <= 0.0)
-            return refuse("scale", "a finite number above 0", std::to_string(scale));
+        using detail::refuse_option;
+        if (Status s = detail::check_experts(shape); !s) return s;
+        if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
+        if (tasks < 1) return refuse_option("tasks", "at least 1", std::to_string(tasks));
+        if (Status s = detail::check_positive("scale", scale); !s) return s;
         return {};
     }
 
@@ -85,8 +81,8 @@ struct TaskRouter {
         if (unknown >= 0)
             return Status::refuse(Code::invalid_argument, "router", "id of token " + std::to_string(unknown),
                                   "a task, 0 to " + std::to_string(tasks - 1), "another number");
-        const index_t bad = router_ops<Device>::template select<T>(device, rule(), input.selection_bias, tokens.mask,
-                                                                   routing, scratch);
+        const index_t bad =
+            router_ops<Device>::template select<T>(device, rule(), input.selection_bias, tokens.mask, routing, scratch);
         return bad < 0 ? Status{} : refuse_logits(routing.logits, bad);
     }
 

@@ -8,6 +8,7 @@
 #include "steelyard/ops/assign_ops.hpp"
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -62,24 +63,19 @@ struct Threshold {
     [[nodiscard]] int top_k(const LayerShape& shape) const { return k == 0 ? static_cast<int>(shape.experts) : k; }
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
+        using detail::refuse_option;
+        if (Status s = detail::check_scored(shape); !s) return s;
         if (!(threshold >= 0.0 && threshold <= 1.0))
-            return refuse("threshold", "a number in [0, 1]", std::to_string(threshold));
+            return refuse_option("threshold", "a number in [0, 1]", std::to_string(threshold));
         if (keep != Keep::each && keep != Keep::cumulative)
-            return refuse("keep", "each or cumulative", std::to_string(static_cast<int>(keep)));
+            return refuse_option("keep", "each or cumulative", std::to_string(static_cast<int>(keep)));
         if (k < 0 || k > shape.experts)
-            return refuse("k", "0 (all) to " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(k));
+            return refuse_option("k", "0 (all) to " + std::to_string(shape.experts) + " (the number of experts)",
+                                 std::to_string(k));
         if (weight != GateWeight::score && weight != GateWeight::renormalized)
-            return refuse("weight", "score or renormalized", std::to_string(static_cast<int>(weight)));
-        if (!std::isfinite(temperature) || temperature <= 0.0)
-            return refuse("temperature", "a finite number above 0", std::to_string(temperature));
-        if (!std::isfinite(noise) || noise < 0.0)
-            return refuse("noise", "a finite number that is not negative", std::to_string(noise));
+            return refuse_option("weight", "score or renormalized", std::to_string(static_cast<int>(weight)));
+        if (Status s = detail::check_positive("temperature", temperature); !s) return s;
+        if (Status s = detail::check_not_negative("noise", noise); !s) return s;
         return {};
     }
 

@@ -7,6 +7,7 @@
 
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -95,37 +96,30 @@ struct TopK {
 
     /// Refuses options that do not fit the shape.
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
+        using detail::refuse_option;
         const index_t experts = shape.experts;
-        if (experts < 1) return refuse("experts", "at least 1", std::to_string(experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
-        if (k < 1 || k > experts)
-            return refuse("top_k", "1 to " + std::to_string(experts) + " (the number of experts)", std::to_string(k));
+        if (Status s = detail::check_scored(shape); !s) return s;
+        if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
         if (score != Score::softmax && score != Score::sigmoid)
-            return refuse("score", "softmax or sigmoid", std::to_string(static_cast<int>(score)));
+            return refuse_option("score", "softmax or sigmoid", std::to_string(static_cast<int>(score)));
         if (weight != GateWeight::score && weight != GateWeight::renormalized)
-            return refuse("weight", "score or renormalized", std::to_string(static_cast<int>(weight)));
+            return refuse_option("weight", "score or renormalized", std::to_string(static_cast<int>(weight)));
         if (group_score != GroupScore::max && group_score != GroupScore::top2_sum)
-            return refuse("group_score", "max or top2_sum", std::to_string(static_cast<int>(group_score)));
-        if (!std::isfinite(scale) || scale <= 0.0)
-            return refuse("scale", "a finite number above 0", std::to_string(scale));
-        if (groups < 1 || experts % groups != 0)
-            return refuse("groups", "a divisor of " + std::to_string(experts) + " (the number of experts)",
-                          std::to_string(groups));
+            return refuse_option("group_score", "max or top2_sum", std::to_string(static_cast<int>(group_score)));
+        if (Status s = detail::check_positive("scale", scale); !s) return s;
+        if (Status s = detail::check_divides_experts("groups", groups, shape); !s) return s;
         if (kept_groups < 1 || kept_groups > groups)
-            return refuse("kept_groups", "1 to " + std::to_string(groups) + " (the number of groups)",
-                          std::to_string(kept_groups));
+            return refuse_option("kept_groups", "1 to " + std::to_string(groups) + " (the number of groups)",
+                                 std::to_string(kept_groups));
         if (kept_groups * (experts / groups) < k)
-            return refuse("kept_groups", "groups that hold at least top_k = " + std::to_string(k) + " experts",
-                          std::to_string(kept_groups) + " groups of " + std::to_string(experts / groups));
+            return refuse_option("kept_groups", "groups that hold at least top_k = " + std::to_string(k) + " experts",
+                                 std::to_string(kept_groups) + " groups of " + std::to_string(experts / groups));
         if (group_score == GroupScore::top2_sum && experts / groups < 2)
-            return refuse("group_score", "groups of at least two experts for top2_sum",
-                          std::to_string(experts) + " experts in " + std::to_string(groups) + " groups");
-        if (!(jitter >= 0.0 && jitter < 1.0)) return refuse("jitter", "a number in [0, 1)", std::to_string(jitter));
-        if (!std::isfinite(noise) || noise < 0.0)
-            return refuse("noise", "a finite number that is not negative", std::to_string(noise));
+            return refuse_option("group_score", "groups of at least two experts for top2_sum",
+                                 std::to_string(experts) + " experts in " + std::to_string(groups) + " groups");
+        if (!(jitter >= 0.0 && jitter < 1.0))
+            return refuse_option("jitter", "a number in [0, 1)", std::to_string(jitter));
+        if (Status s = detail::check_not_negative("noise", noise); !s) return s;
         return {};
     }
 

@@ -8,6 +8,7 @@
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -66,19 +67,12 @@ struct XMoe {
 
     /// Refuses options that do not fit the shape.
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, std::string came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::move(came));
-        };
-        if (shape.experts < 1) return refuse("experts", "at least 1", std::to_string(shape.experts));
-        if (shape.width < 1) return refuse("width", "at least 1", std::to_string(shape.width));
-        if (k < 1 || k > shape.experts)
-            return refuse("top_k", "1 to " + std::to_string(shape.experts) + " (the number of experts)",
-                          std::to_string(k));
-        if (!std::isfinite(temperature) || temperature <= 0.0)
-            return refuse("temperature", "a finite number above 0", std::to_string(temperature));
-        if (dimensions < 0) return refuse("dimensions", "at least 0", std::to_string(dimensions));
-        if (!std::isfinite(epsilon) || epsilon <= 0.0)
-            return refuse("epsilon", "a finite number above 0", std::to_string(epsilon));
+        using detail::refuse_option;
+        if (Status s = detail::check_scored(shape); !s) return s;
+        if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
+        if (Status s = detail::check_positive("temperature", temperature); !s) return s;
+        if (dimensions < 0) return refuse_option("dimensions", "at least 0", std::to_string(dimensions));
+        if (Status s = detail::check_positive("epsilon", epsilon); !s) return s;
         return {};
     }
 
@@ -107,8 +101,7 @@ struct XMoe {
             cosine::template temper<T>(device, 1.0 / temperature, params.log_ratio, 0, routing.logits, own.logits);
         cosine::template temper<T>(device, 1.0 / temperature, params.log_ratio, -1, routing.logits, routing.logits);
         const auto& mask = input.tokens.mask;
-        const index_t bad =
-            ops::template select<T>(device, rule(), input.selection_bias, mask, routing, own.ops.data);
+        const index_t bad = ops::template select<T>(device, rule(), input.selection_bias, mask, routing, own.ops.data);
         if (bad >= 0) return refuse_logits(routing.logits, bad);
         if (probs_at_initial)
             (void)ops::template weigh<T>(device, rule(), mask, {own.logits, routing.probs, routing.expert, own.weight},
