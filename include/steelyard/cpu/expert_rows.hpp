@@ -55,9 +55,11 @@ private:
     static constexpr index_t least = 48;  // rows, of fewer the weights would be read too often
 
     [[nodiscard]] index_t tiles_of(index_t e) const {
+        const index_t rows = offsets[e + 1] - offsets[e];
+        if (rows == 0) return 0;  // most experts, where there are few tokens: divisions are slow
         const index_t left = offsets[offsets.extents[0] - 1] - offsets[e];
         const index_t height = std::min(most, std::max(least, left / shares));
-        return (offsets[e + 1] - offsets[e] + height - 1) / height;
+        return (rows + height - 1) / height;
     }
 };
 

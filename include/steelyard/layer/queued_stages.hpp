@@ -24,11 +24,7 @@ protected:
     using BalanceT = typename Types::Balance;
     using CommT = typename Types::Comm;
     using DeviceT = typename Types::Device;
-    using Space = typename Types::Space;
-    using Gate = typename Types::Gate;
-    using Context = typename Types::Context;
     using Memory = memory_ops<DeviceT>;
-    using State = typename Types::State;
     using Queued = QueuedTypes<Types>;
     using Record = typename Queued::Record;
     using Seen = typename Queued::Seen;
@@ -36,9 +32,9 @@ protected:
     using HostContext = typename Queued::HostContext;
     using HostWorkspace = typename Queued::HostWorkspace;
     using DeviceWorkspace = typename Queued::DeviceWorkspace;
-    using ForwardArgs = typename Types::ForwardArgs;
-    using BackwardArgs = typename Types::BackwardArgs;
     using Stages::config_, Stages::dims_, Stages::context_layout_;
+    using typename Stages::Space, typename Stages::Gate, typename Stages::Context, typename Stages::State,
+        typename Stages::ForwardArgs, typename Stages::BackwardArgs;
 
     explicit QueuedStages(const typename Types::Config& config) : Stages(config) {}
 

@@ -17,19 +17,13 @@ template <class Types>
 class LayerStages : protected LayerBoundary<Types> {
 protected:
     using Boundary = LayerBoundary<Types>;
-    using T = typename Types::T;
     using Gate = typename Types::Gate;
     using Space = typename Types::Space;
-    using Parts = typename Types::Parts;
-    using Balance = typename Types::Balance;
-    using Config = typename Types::Config;
-    using Context = typename Types::Context;
-    using Workspace = typename Types::Workspace;
-    using State = typename Types::State;
-    using ForwardArgs = typename Types::ForwardArgs;
-    using BackwardArgs = typename Types::BackwardArgs;
     using Boundary::config_, Boundary::dims_, Boundary::context_layout_, Boundary::check_all, Boundary::check_state,
         Boundary::state_header;
+    using typename Boundary::T, typename Boundary::Parts, typename Boundary::Balance, typename Boundary::Config,
+        typename Boundary::Context, typename Boundary::Workspace, typename Boundary::State,
+        typename Boundary::ForwardArgs, typename Boundary::BackwardArgs;
 
     explicit LayerStages(const Config& config) : Boundary(config) {}
 

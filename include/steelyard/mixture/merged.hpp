@@ -11,6 +11,7 @@
 #include "steelyard/ops/plan_ops.hpp"
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -55,12 +56,10 @@ struct MergeExperts {
     };
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        if (shape.experts < 1)
-            return Status::refuse(Code::invalid_argument, "router", "experts", "at least 1",
-                                  std::to_string(shape.experts));
+        if (Status s = detail::check_experts(shape); !s) return s;
         if (segment < 0)
-            return Status::refuse(Code::invalid_argument, "router", "segment",
-                                  "0 (a sequence is a segment) or a number of tokens", std::to_string(segment));
+            return detail::refuse_option("segment", "0 (a sequence is a segment) or a number of tokens",
+                                         std::to_string(segment));
         return {};
     }
 

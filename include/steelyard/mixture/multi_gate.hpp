@@ -10,6 +10,7 @@
 #include "steelyard/ops/plan_ops.hpp"
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -44,15 +45,14 @@ struct MultiGate {
     };
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        const auto refuse = [](const char* option, std::string expected, index_t came) {
-            return Status::refuse(Code::invalid_argument, "router", option, std::move(expected), std::to_string(came));
-        };
-        if (tasks < 1) return refuse("tasks", "at least 1", tasks);
+        using detail::refuse_option;
+        if (tasks < 1) return refuse_option("tasks", "at least 1", std::to_string(tasks));
         if (own < 0 || own * tasks > shape.experts)
-            return refuse("own", "0 to " + std::to_string(shape.experts / tasks) + " (experts / tasks)", own);
-        if (shape.experts < 1) return refuse("experts", "at least 1", shape.experts);
+            return refuse_option("own", "0 to " + std::to_string(shape.experts / tasks) + " (experts / tasks)",
+                                 std::to_string(own));
+        if (Status s = detail::check_experts(shape); !s) return s;
         if (shape.tokens > std::numeric_limits<std::int32_t>::max() / (tasks * shape.experts))
-            return refuse("tokens", "tokens * tasks * experts below 2^31", shape.tokens);
+            return refuse_option("tokens", "tokens * tasks * experts below 2^31", std::to_string(shape.tokens));
         return {};
     }
 
@@ -143,8 +143,7 @@ public:
         const index_t tokens = call.tokens(), tasks = outputs(), experts = shape.experts;
         const auto gates = context.gates.first(tokens * tasks);
         if (const auto& weight = call.router.weight; weight.strides[0] != experts * weight.strides[1])
-            return Status::refuse(Code::invalid_argument, "router", "weight", "gates whose rows follow at one stride",
-                                  "a gap between tasks");
+            return detail::refuse_option("weight", "gates whose rows follow at one stride", "a gap between tasks");
         for (index_t t = 0; t < tokens; ++t) {
             const bool valid = !call.input.tokens.mask.present() || call.input.tokens.mask[t] != 0;
             for (index_t e = 0; e < experts; ++e) context.all(t, e) = valid ? static_cast<expert_t>(e) : -1;

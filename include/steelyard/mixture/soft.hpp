@@ -8,6 +8,7 @@
 #include "steelyard/mixture/types.hpp"
 #include "steelyard/ops/plan_ops.hpp"
 #include "steelyard/ops/soft_ops.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -48,11 +49,8 @@ struct SoftSlots {
     };
 
     [[nodiscard]] Status check(const LayerShape& shape) const {
-        if (shape.experts < 1)
-            return Status::refuse(Code::invalid_argument, "router", "experts", "at least 1",
-                                  std::to_string(shape.experts));
-        if (slots < 1)
-            return Status::refuse(Code::invalid_argument, "router", "slots", "at least 1", std::to_string(slots));
+        if (Status s = detail::check_experts(shape); !s) return s;
+        if (slots < 1) return detail::refuse_option("slots", "at least 1", std::to_string(slots));
         return {};
     }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
 #include "steelyard/ops/assign_ops.hpp"
@@ -66,8 +65,7 @@ struct Base {
             return refuse_option("solver", "exact or auction", std::to_string(static_cast<int>(solver)));
         if (remainder != Remainder::best && remainder != Remainder::lowest)
             return refuse_option("remainder", "best or lowest", std::to_string(static_cast<int>(remainder)));
-        if (Status s = detail::check_positive("epsilon", epsilon); !s) return s;
-        return {};
+        return detail::check_positive("epsilon", epsilon);
     }
 
     template <class T, class Device>

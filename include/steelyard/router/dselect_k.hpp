@@ -3,9 +3,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
-#include <string>
-#include <utility>
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
@@ -64,8 +61,7 @@ struct DSelectK {
     [[nodiscard]] Status check(const LayerShape& shape) const {
         if (Status s = detail::check_scored(shape); !s) return s;
         if (Status s = detail::check_choices("selectors", k, shape); !s) return s;
-        if (Status s = detail::check_positive("gamma", gamma); !s) return s;
-        return {};
+        return detail::check_positive("gamma", gamma);
     }
 
     /// Bytes of scratch for `route`, `backward` and `entropy`. Pure.

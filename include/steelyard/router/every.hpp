@@ -1,10 +1,9 @@
 // Every: each token visits every expert with weight 1.
 #pragma once
 
-#include <string>
-
 #include "steelyard/ops/router_ops.hpp"
 #include "steelyard/router/concept.hpp"
+#include "steelyard/router/options.hpp"
 
 namespace steelyard {
 
@@ -22,12 +21,7 @@ struct Every {
 
     [[nodiscard]] int top_k(const LayerShape& shape) const { return static_cast<int>(shape.experts); }
 
-    [[nodiscard]] Status check(const LayerShape& shape) const {
-        if (shape.experts < 1)
-            return Status::refuse(Code::invalid_argument, "router", "experts", "at least 1",
-                                  std::to_string(shape.experts));
-        return {};
-    }
+    [[nodiscard]] Status check(const LayerShape& shape) const { return detail::check_experts(shape); }
 
     template <class T, class Device>
     [[nodiscard]] index_t scratch_bytes(const Device&, const LayerShape&) const {

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <string>
-#include <utility>
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"

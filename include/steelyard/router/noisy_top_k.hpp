@@ -2,9 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <string>
-#include <utility>
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
@@ -78,8 +75,7 @@ struct NoisyTopK {
         if (Status s = detail::check_scored(shape); !s) return s;
         if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
         if (Status s = detail::check_positive("floor", floor); !s) return s;
-        if (Status s = detail::check_not_negative("spread", spread); !s) return s;
-        return {};
+        return detail::check_not_negative("spread", spread);
     }
 
     /// Bytes of scratch for `route` and `backward`. Pure.

@@ -1,9 +1,7 @@
 // TaskRouter: the task decides, not the token.
 #pragma once
 
-#include <cmath>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "steelyard/core/bytes.hpp"
@@ -58,8 +56,7 @@ struct TaskRouter {
         if (Status s = detail::check_experts(shape); !s) return s;
         if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
         if (tasks < 1) return refuse_option("tasks", "at least 1", std::to_string(tasks));
-        if (Status s = detail::check_positive("scale", scale); !s) return s;
-        return {};
+        return detail::check_positive("scale", scale);
     }
 
     /// Bytes of scratch for `route` and `backward`. Pure.
@@ -75,12 +72,12 @@ struct TaskRouter {
                  std::byte* scratch) const {
         const auto& tokens = input.tokens;
         if (!tokens.ids.present() && routing.logits.extents[0] > 0)
-            return Status::refuse(Code::invalid_argument, "router", "ids", "the task of each token", "nothing");
+            return detail::refuse_option("ids", "the task of each token", "nothing");
         const index_t unknown =
             table_ops<Device>::template lookup<T>(device, tokens.ids, tokens.mask, params.logits, routing.logits);
         if (unknown >= 0)
-            return Status::refuse(Code::invalid_argument, "router", "id of token " + std::to_string(unknown),
-                                  "a task, 0 to " + std::to_string(tasks - 1), "another number");
+            return detail::refuse_option("id of token " + std::to_string(unknown),
+                                         "a task, 0 to " + std::to_string(tasks - 1), "another number");
         const index_t bad =
             router_ops<Device>::template select<T>(device, rule(), input.selection_bias, tokens.mask, routing, scratch);
         return bad < 0 ? Status{} : refuse_logits(routing.logits, bad);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
 #include "steelyard/ops/assign_ops.hpp"
@@ -75,8 +74,7 @@ struct Threshold {
         if (weight != GateWeight::score && weight != GateWeight::renormalized)
             return refuse_option("weight", "score or renormalized", std::to_string(static_cast<int>(weight)));
         if (Status s = detail::check_positive("temperature", temperature); !s) return s;
-        if (Status s = detail::check_not_negative("noise", noise); !s) return s;
-        return {};
+        return detail::check_not_negative("noise", noise);
     }
 
     template <class T, class Device>

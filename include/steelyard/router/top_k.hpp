@@ -1,7 +1,6 @@
 // TopK: a linear router that sends each token to the experts with the best scores.
 #pragma once
 
-#include <cmath>
 #include <string>
 #include <type_traits>
 
@@ -119,8 +118,7 @@ struct TopK {
                                  std::to_string(experts) + " experts in " + std::to_string(groups) + " groups");
         if (!(jitter >= 0.0 && jitter < 1.0))
             return refuse_option("jitter", "a number in [0, 1)", std::to_string(jitter));
-        if (Status s = detail::check_not_negative("noise", noise); !s) return s;
-        return {};
+        return detail::check_not_negative("noise", noise);
     }
 
     /// Bytes of scratch for `route` and `backward`. Pure.

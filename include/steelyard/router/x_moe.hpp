@@ -2,9 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string>
-#include <utility>
 
 #include "steelyard/ops/gating_ops.hpp"
 #include "steelyard/router/concept.hpp"
@@ -72,8 +70,7 @@ struct XMoe {
         if (Status s = detail::check_choices("top_k", k, shape); !s) return s;
         if (Status s = detail::check_positive("temperature", temperature); !s) return s;
         if (dimensions < 0) return refuse_option("dimensions", "at least 0", std::to_string(dimensions));
-        if (Status s = detail::check_positive("epsilon", epsilon); !s) return s;
-        return {};
+        return detail::check_positive("epsilon", epsilon);
     }
 
     /// Bytes of scratch for `route` and `backward`. Pure.
