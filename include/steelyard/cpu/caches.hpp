@@ -1,6 +1,10 @@
 // What the CPU device takes caches and memory to be like: sizes that a core has at least, and where processors differ.
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "steelyard/core/view.hpp"
 
 namespace steelyard::cpu {
@@ -23,14 +27,29 @@ template <class T>
     return elements * index_t{sizeof(T)} > past_caches_bytes;
 }
 
-/// Whether the processor reads a run of addresses faster when it is told ahead. An Intel Cascade Lake does, by 7 to
-/// 20 %; an AMD Zen 4 took up to a third longer.
-[[nodiscard]] inline bool fetches_runs() {
+/// How a processor is asked for memory so that it comes fastest, as measured.
+struct Fetches {
+    bool run_ahead = false;       // ahead for what is read once, front to back
+    bool int8_run_ahead = false;  // the same, with another run of scales beside it
+    bool side_by_side = false;    // for several such runs in turn
+    bool rows_nearest = false;    // for rows far apart into the first-level cache: elsewhere it waits for too few lines
+};
+[[nodiscard]] inline Fetches best_fetches() {
 #if defined(__x86_64__)
-    static const bool intel = __builtin_cpu_is("intel") != 0;
-    return intel;
+    static const Fetches best = []() -> Fetches {
+        // A Cascade Lake reads 7 to 20 % faster when it is told ahead.
+        if (__builtin_cpu_is("intel")) return {.run_ahead = true, .int8_run_ahead = true};
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return {};
+        const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+        // A Zen 5 reads int8 3 to 6 % faster when it is told ahead and floats 4 % slower; those 4 % faster side by side
+        // where two cores read. Far rows come 15 % faster. On a Zen 4 each of these cost up to a third.
+        if (family >= 0x1a) return {.int8_run_ahead = true, .side_by_side = true, .rows_nearest = true};
+        return {};
+    }();
+    return best;
 #else
-    return false;
+    return {};
 #endif
 }
 

@@ -71,15 +71,33 @@ view<T, 2> columns(view<T, 2> matrix, index_t begin, index_t end) {
     return matrix;
 }
 
+/// Calls body(r, the row of r's token) for rows [begin, end) of the plan. They lie anywhere, so the next one is fetched
+/// meanwhile.
+template <class T, class Body>
+void for_gathered(const Plan<>& plan, view<const T, 2> from, index_t begin, index_t end, Body&& body) {
+    constexpr index_t line = 64 / index_t{sizeof(T)};
+    const index_t top_k = plan.top_k(), width = from.extents[1];
+    const T* next = begin < end ? &from(plan.choice[begin] / top_k, 0) : nullptr;
+    for (index_t r = begin; r < end; ++r) {
+        const T* const row = next;
+        if (r + 1 < end) {
+            next = &from(plan.choice[r + 1] / top_k, 0);
+            for (index_t j = 0; j < width; j += line) __builtin_prefetch(next + j);
+        }
+        body(r, row);
+    }
+}
+
 /// panel[r - begin] = from[token of row r], for rows [begin, end) of the plan. Returns the panel's part that was
 /// written.
 template <class T>
 view<const T, 2> gather(const Plan<>& plan, view<const T, 2> from, index_t begin, index_t end, view<T, 2> panel) {
-    const index_t width = from.extents[1], top_k = plan.top_k();
+    const index_t width = from.extents[1];
     view<T, 2> rows(panel.data, end - begin, width);
     rows.strides[0] = panel.strides[0];
-    for (index_t r = begin; r < end; ++r)
-        std::memcpy(&rows(r - begin, 0), &from(plan.choice[r] / top_k, 0), static_cast<std::size_t>(width) * sizeof(T));
+    for_gathered(plan, from, begin, end, [&](index_t r, const T* row) {
+        std::memcpy(&rows(r - begin, 0), row, static_cast<std::size_t>(width) * sizeof(T));
+    });
     return rows;
 }
 

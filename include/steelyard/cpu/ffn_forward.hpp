@@ -94,8 +94,9 @@ private:
             call.x = {const_cast<T*>(input.data), input.strides[0]};  // only read
         } else {
             call.x = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.width.data), call.rows, width_);
-            for (index_t r = 0; r < call.rows; ++r)
-                Kernels::write_row(&x(plan_.choice[tile.begin + r] / plan_.top_k(), 0), width_, call.x, r);
+            for_gathered(plan_, x, tile.begin, tile.end, [&](index_t r, const T* row) {
+                Kernels::write_row(row, width_, call.x, r - tile.begin);
+            });
             if (rows.present())
                 call.inner_operand = Kernels::template operand<F>(reinterpret_cast<std::byte*>(own.room.data),
                                                                   call.rows, std::min(hidden_, block));

@@ -66,9 +66,17 @@ struct Right {
     [[nodiscard]] bool out_of_cache() const {
         return stored != nullptr && panels() * words() * panel_width<T> * index_t{sizeof(word)} > panels_in_cache_bytes;
     }
-    /// Panels that `rows` rows take side by side, where there are as many. Memory is read as one run of addresses.
+    /// Panels that `rows` rows take side by side, where there are as many. Memory is read as one run of addresses, or
+    /// as four.
     [[nodiscard]] index_t at_once(index_t rows) const {
-        return out_of_cache() ? 1 : std::min<index_t>(panels_at_once(rows), stored != nullptr ? 4 : 2);
+        const bool runs = rows == 1 && !Format<T>::grouped && best_fetches().side_by_side;
+        if (out_of_cache() && !runs) return 1;
+        return std::min<index_t>(panels_at_once(rows), stored != nullptr ? 4 : 2);
+    }
+    /// Bytes ahead of which few rows are told of their panel.
+    [[nodiscard]] index_t told_ahead() const {
+        const Fetches best = best_fetches();
+        return out_of_cache() && (Format<T>::grouped ? best.int8_run_ahead : best.run_ahead) ? part::memory_ahead : 0;
     }
 
     /// Packs steps [begin, end) of `count` panels from `panel` on, side by side.
@@ -119,7 +127,7 @@ void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last
             const index_t count = last - q >= wanted ? wanted : 1;
             const word* const b = right.stored + q * apart + begin * panel_width<T>;
             body(q, count, b, apart,
-                 rows <= few_rows ? Ahead{.few_rows = right.out_of_cache() && fetches_runs() ? part::memory_ahead : 0}
+                 rows <= few_rows ? Ahead{.few_rows = right.told_ahead()}
                                   : Ahead::run(b + count * apart,
                                                count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
             q += count;

@@ -149,9 +149,21 @@ template <class T, int Vectors, bool Streams, bool Some>
     }
 }
 
-/// How far ahead of each token's sum of rows they are fetched into the second-level cache: all of them together. The
-/// first-level cache waits for too few lines at a time.
+/// How far ahead of each token's sum of rows they are fetched: all of them together.
 inline constexpr index_t prefetched_bytes = 10240;
+
+/// Fetches `count` elements into the first-level cache, or into the second.
+template <int count, class T>
+[[gnu::always_inline]] inline void fetch(const T* from, bool nearest) {
+    constexpr int line = 64 / static_cast<int>(sizeof(T));
+    if (nearest) {
+#pragma GCC unroll 4
+        for (int l = 0; l < count; l += line) __builtin_prefetch(from + l, 0, 3);
+    } else {
+#pragma GCC unroll 4
+        for (int l = 0; l < count; l += line) __builtin_prefetch(from + l, 0, 2);
+    }
+}
 
 /// The rows of y of a group of tokens. Meanwhile what comes a few kilobytes later is brought nearer, of this group or
 /// the next: its rows lie wherever its experts are, and a store waits for a line as a load does.
@@ -162,6 +174,7 @@ void add_rows(const TokenGroup<T>& group, const TokenGroup<T>& next, bool add, i
         group.count * prefetched_bytes / static_cast<index_t>(sizeof(T)) / (group.token[0].count + 1) / step * step;
     const index_t whole = columns / step * step;
     const index_t ahead = room < step ? step : room < whole ? room : whole;
+    const bool nearest = best_fetches().rows_nearest;
     index_t j = 0;
     for (; j + step <= columns; j += step) {
         const bool here = j + ahead < whole;
@@ -170,9 +183,7 @@ void add_rows(const TokenGroup<T>& group, const TokenGroup<T>& next, bool add, i
         for (index_t i = 0; i < group.count; ++i) {
             if (i < later.count) {
                 const TokenTerms<T>& token = later.token[i];
-                for (int k = 0; k < token.count; ++k)
-#pragma GCC unroll 4
-                    for (int l = 0; l < step; l += line) __builtin_prefetch(token.row[k] + at + l, 0, 2);
+                for (int k = 0; k < token.count; ++k) fetch<step>(token.row[k] + at, nearest);
                 if constexpr (!Streams)
 #pragma GCC unroll 4
                     for (int l = 0; l < step; l += line) __builtin_prefetch(token.y + at + l, 1);

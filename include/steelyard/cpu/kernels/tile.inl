@@ -5,7 +5,7 @@ inline constexpr int panel_vectors = 2;
 /// Most rows of a tile: with two vectors of each, and the panel's own, they fill the registers.
 inline constexpr int register_rows = vector_registers == 32 ? 12 : 6;
 /// Rows of a tile that takes less time than its panel takes to come from memory. The processor fetches what is read in
-/// order by itself, and mostly faster where nothing else is asked for: see fetches_runs.
+/// order by itself, and mostly faster where nothing else is asked for: see Fetches.
 inline constexpr int few_rows = register_rows / 2;
 
 /// Columns of a panel.
@@ -65,6 +65,9 @@ inline constexpr int round_steps = 2;
 /// and, for few rows, from memory.
 inline constexpr index_t panel_step_bytes = index_t{panel_vectors} * vector_bytes;
 inline constexpr index_t second_level_ahead = 24 * panel_step_bytes, memory_ahead = 48 * panel_step_bytes;
+
+/// Groups of int8 ahead of which scales are fetched, in elements.
+inline constexpr index_t scales_ahead = 4 * panel_vectors * Simd<float>::lanes;
 
 /// Hides from the compiler where a value comes from, which it would otherwise work out anew or keep twice.
 template <class Scalar>
@@ -209,6 +212,10 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
+                // A line or two of each group: too rarely for the processor to fetch them by itself.
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            __builtin_prefetch(b_scale + v / panel_vectors * b_groups + v % panel_vectors * lanes + scales_ahead);
         const index_t here = std::min(steps - begin, index_t{F::group_steps});
         tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride, few_rows_ahead);
         S::vec scale[vectors];
