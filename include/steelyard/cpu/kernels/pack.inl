@@ -73,10 +73,11 @@ struct Right {
         if (out_of_cache() && !runs) return 1;
         return std::min<index_t>(panels_at_once(rows), stored != nullptr ? 4 : 2);
     }
-    /// Bytes ahead of which few rows are told of their panel.
-    [[nodiscard]] index_t told_ahead() const {
+    /// Whether `rows` rows, a tile, are told ahead of their panel.
+    [[nodiscard]] bool told_ahead(index_t rows) const {
         const Fetches best = best_fetches();
-        return out_of_cache() && (Format<T>::grouped ? best.int8_run_ahead : best.run_ahead) ? part::memory_ahead : 0;
+        if (rows > (best.lone_tiles_ahead ? register_rows : few_rows)) return false;
+        return rows >= (Format<T>::grouped ? best.int8_run_ahead : best.run_ahead) && out_of_cache();
     }
 
     /// Packs steps [begin, end) of `count` panels from `panel` on, side by side.
@@ -126,10 +127,11 @@ void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last
         for (index_t q = first; q < last;) {
             const index_t count = last - q >= wanted ? wanted : 1;
             const word* const b = right.stored + q * apart + begin * panel_width<T>;
-            body(q, count, b, apart,
-                 rows <= few_rows ? Ahead{.few_rows = right.told_ahead()}
-                                  : Ahead::run(b + count * apart,
-                                               count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps));
+            Ahead ahead{.panel = right.told_ahead(rows)};
+            if (rows > few_rows && !ahead.panel)
+                ahead =
+                    Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps);
+            body(q, count, b, apart, ahead);
             q += count;
         }
         return;

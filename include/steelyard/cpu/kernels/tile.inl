@@ -45,7 +45,7 @@ struct TileCall {
     // for few_rows: nothing, and nothing of the panel.
     const char* next = nullptr;
     index_t next_stride = 0;
-    index_t few_rows_ahead = 0;  // bytes ahead of which few_rows fetch their panel into the first-level cache
+    bool panel_ahead = false;  // the panel comes from memory, and is fetched; many rows bring nothing else nearer
 
     void skip(index_t rows) {
         a += rows * a_row;
@@ -62,9 +62,10 @@ namespace part {
 /// four instructions a cycle have none to spare; more than two steps are slower again.
 inline constexpr int round_steps = 2;
 /// Bytes of a panel's step, and those ahead of which it is fetched into the first-level cache: from the second level,
-/// and, for few rows, from memory.
+/// and from memory, for few rows and for a tile of more.
 inline constexpr index_t panel_step_bytes = index_t{panel_vectors} * vector_bytes;
-inline constexpr index_t second_level_ahead = 24 * panel_step_bytes, memory_ahead = 48 * panel_step_bytes;
+inline constexpr index_t second_level_ahead = 24 * panel_step_bytes, memory_ahead = 48 * panel_step_bytes,
+                         lone_tile_ahead = 72 * panel_step_bytes;
 
 /// Groups of int8 ahead of which scales are fetched, in elements.
 inline constexpr index_t scales_ahead = 4 * panel_vectors * Simd<float>::lanes;
@@ -158,21 +159,29 @@ template <int steps>
     }
 }
 
-/// Steps of the depth, past which the pointers are moved. A tile of few rows may bring nothing nearer.
-template <class T, int Rows, int Panels, bool Brings = true, class Sums, class Left>
+/// What a tile brings nearer: nothing, if it has few rows; what is needed next; or its own panel alone.
+enum class Bring { nothing, next, panel };
+
+/// Steps of the depth, past which the pointers are moved.
+template <class T, int Rows, int Panels, Bring bring = Bring::next, class Sums, class Left>
 [[gnu::always_inline]] inline void tile_steps(Sums& sum, Left& a, const typename Format<T>::word*& b, index_t b_panel,
-                                              index_t steps, const char*& next, index_t next_stride,
-                                              index_t few_rows_ahead) {
-    if constexpr (Brings && Rows <= few_rows)
-        if (next == nullptr) return tile_steps<T, Rows, Panels, false>(sum, a, b, b_panel, steps, next, next_stride, 0);
-    const index_t panel_ahead = Rows <= few_rows ? few_rows_ahead : second_level_ahead;
+                                              index_t steps, const char*& next, index_t next_stride, bool panel_ahead) {
+    constexpr bool few = Rows <= few_rows;
+    if constexpr (bring == Bring::next) {
+        constexpr Bring other = few ? Bring::nothing : Bring::panel;
+        if (few ? next == nullptr : panel_ahead)
+            return tile_steps<T, Rows, Panels, other>(sum, a, b, b_panel, steps, next, next_stride, false);
+    }
+    const index_t bytes_ahead = few                     ? (panel_ahead ? memory_ahead : 0)
+                                : bring == Bring::panel ? lone_tile_ahead
+                                                        : second_level_ahead;
     const auto round = [&]<int count>(std::integral_constant<int, count>) __attribute__((always_inline)) {
-        if constexpr (Brings) bring_nearer<count>(next, next_stride);
+        if constexpr (bring == Bring::next) bring_nearer<count>(next, next_stride);
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) {
-            if constexpr (Brings)
+            if constexpr (bring != Bring::nothing)
                 for (index_t line = 0; line < panel_step_bytes; line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(b) + i * panel_step_bytes + line + panel_ahead, 0,
+                    __builtin_prefetch(reinterpret_cast<const char*>(b) + i * panel_step_bytes + line + bytes_ahead, 0,
                                        3);
             tile_step<T, Rows, Panels>(sum, a, i, b, b_panel);
             a.end_step();
@@ -197,7 +206,7 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
     // Copies: what is written to c could be the call, for all that the compiler knows.
     const index_t b_panel = call.b_panel, c_row = call.c_row, steps = call.steps;
     const index_t groups = call.groups, b_groups = call.b_groups, next_stride = call.next_stride;
-    const index_t few_rows_ahead = call.few_rows_ahead;
+    const bool panel_ahead = call.panel_ahead;
     const float *a_scale = call.a_scale, *b_scale = call.b_scale;
     const std::int32_t* a_begin = call.a_begin;
     const char* next = call.next;
@@ -217,7 +226,7 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
         for (int v = 0; v < vectors; ++v)
             __builtin_prefetch(b_scale + v / panel_vectors * b_groups + v % panel_vectors * lanes + scales_ahead);
         const index_t here = std::min(steps - begin, index_t{F::group_steps});
-        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride, few_rows_ahead);
+        tile_steps<std::int8_t, Rows, Panels>(whole, a, b, b_panel, here, next, next_stride, panel_ahead);
         S::vec scale[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
@@ -259,7 +268,7 @@ void plain_tile(const TileCall<T>& call) {
     const auto multiply = [&](auto a) __attribute__((always_inline)) {
         const typename F::word* b = call.b;
         const char* next = call.next;
-        tile_steps<T, Rows, Panels>(sum, a, b, call.b_panel, call.steps, next, call.next_stride, call.few_rows_ahead);
+        tile_steps<T, Rows, Panels>(sum, a, b, call.b_panel, call.steps, next, call.next_stride, call.panel_ahead);
     };
     if (call.a_step == 1)
         multiply(LeftRows<T, Rows, false>(call));
@@ -320,13 +329,13 @@ struct Ahead {
     const void* from[2] = {};  // of the first and the second half of the tiles, or of the first two alone
     index_t step = 0;          // bytes from one address to the next
     bool first_two = false;
-    index_t few_rows = 0;  // TileCall::few_rows_ahead
+    bool panel = false;  // TileCall::panel_ahead
 
     /// A run of bytes, by all tiles.
     static Ahead run(const void* from, index_t bytes, index_t rows, index_t steps) {
         const index_t count = (rows + register_rows - 1) / register_rows;
         const index_t half = (count + 1) / 2 * steps, step = bytes / std::max<index_t>(1, count * steps);
-        return {{from, static_cast<const char*>(from) + half * step}, step, false, 0};
+        return {{from, static_cast<const char*>(from) + half * step}, step, false, false};
     }
 };
 
@@ -352,11 +361,11 @@ void tiles(index_t rows, index_t panels, TileCall<T> call, const Ahead& ahead = 
         const bool some = part < 2 && ahead.from[part] != nullptr;
         call.next = nullptr;
         call.next_stride = 0;
-        call.few_rows_ahead = ahead.few_rows;
+        call.panel_ahead = ahead.panel;
         if (some) {
             call.next = static_cast<const char*>(ahead.from[part]) + (i - part * half) * call.steps * ahead.step;
             call.next_stride = ahead.step;
-        } else if (end - row > few_rows || ahead.few_rows > 0) {  // an address that costs nothing
+        } else if (end - row > few_rows || ahead.panel) {  // an address that costs nothing
             call.next = reinterpret_cast<const char*>(call.b);
         }
         before(row, end);
