@@ -36,7 +36,8 @@ struct FfnForward {
     typename Format<F>::word* room = nullptr;  // pack_room words, where the weights are not stored
 };
 
-/// Panels that go through the activation together where memory takes part in it.
+/// Panels that go through the activation together where memory takes part in it, and of the fewest rows: memory waits
+/// while it is computed.
 template <class T>
 inline constexpr index_t panels_together = finished_row_bytes / (panel_width<T> * index_t{sizeof(T)});
 
@@ -120,9 +121,9 @@ void keep_hidden(const FfnForward<T, F>& call, index_t panel, index_t count, con
 template <class T, class F>
 void ffn_hidden(const FfnForward<T, F>& call, index_t first, index_t last) {
     const index_t first_column = first * call.hidden.panel_columns();
+    const bool together = call.kept_past_caches || call.rows <= few_rows / 2;
     multiply_panels(
-        call.x, call.rows, call.hidden, first, last, call.kept_past_caches ? panels_together<T> : 1, call.block,
-        call.room,
+        call.x, call.rows, call.hidden, first, last, together ? panels_together<T> : 1, call.block, call.room,
         [&](index_t panel, index_t count, T* block, index_t block_row) {
             return part::start_with_bias(call, panel, count, block, block_row);
         },
