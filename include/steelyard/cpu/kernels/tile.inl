@@ -67,7 +67,8 @@ inline constexpr index_t panel_step_bytes = index_t{panel_vectors} * vector_byte
 inline constexpr index_t second_level_ahead = 24 * panel_step_bytes, memory_ahead = 48 * panel_step_bytes,
                          lone_tile_ahead = 72 * panel_step_bytes;
 
-/// Groups of int8 ahead of which scales are fetched, in elements.
+/// Groups of int8 ahead of which scales are fetched, in elements: a line or two of each, too seldom for the processor
+/// to do it by itself.
 inline constexpr index_t scales_ahead = 4 * panel_vectors * Simd<float>::lanes;
 
 /// Hides from the compiler where a value comes from, which it would otherwise work out anew or keep twice.
@@ -221,7 +222,6 @@ void grouped_tile(const TileCall<std::int8_t>& call) {
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) whole[r][v] = F::words{} + static_cast<F::word>(a_begin[r * groups]);
-                // A line or two of each group: too rarely for the processor to fetch them by itself.
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
             __builtin_prefetch(b_scale + v / panel_vectors * b_groups + v % panel_vectors * lanes + scales_ahead);
