@@ -1,4 +1,4 @@
-// The layer on a GPU, as shares of what the GPU does in the same run. See docs/performance.md.
+// The layer on a GPU, as shares of what the GPU does in the same run. See docs/performance_gpu.md.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <fstream>
