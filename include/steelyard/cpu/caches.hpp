@@ -37,9 +37,9 @@ struct Fetches {
     bool side_by_side = false;      // several such runs are read in turn
     bool rows_nearest = false;  // rows far apart come into the first-level cache: elsewhere it waits for too few lines
 };
-[[nodiscard]] inline Fetches best_fetches() {
-#if defined(__x86_64__)
+[[nodiscard]] inline const Fetches& best_fetches() {
     static const Fetches best = []() -> Fetches {
+#if defined(__x86_64__)
         // A Cascade Lake reads 7 to 20 % faster when it is told ahead.
         if (__builtin_cpu_is("intel")) return {.run_ahead = 1, .int8_run_ahead = 1};
         unsigned a = 0, b = 0, c = 0, d = 0;
@@ -54,12 +54,10 @@ struct Fetches {
                     .lone_tiles_ahead = true,
                     .side_by_side = true,
                     .rows_nearest = true};
+#endif
         return {};
     }();
     return best;
-#else
-    return {};
-#endif
 }
 
 }  // namespace steelyard::cpu

@@ -75,7 +75,7 @@ struct Right {
     }
     /// Whether `rows` rows, a tile, are told ahead of their panel.
     [[nodiscard]] bool told_ahead(index_t rows) const {
-        const Fetches best = best_fetches();
+        const Fetches& best = best_fetches();
         if (rows > (best.lone_tiles_ahead ? register_rows : few_rows)) return false;
         return rows >= (Format<T>::grouped ? best.int8_run_ahead : best.run_ahead) && out_of_cache();
     }
@@ -124,14 +124,15 @@ void for_panels(const Right<T>& right, index_t rows, index_t first, index_t last
     const index_t wanted = right.at_once(rows), steps = end - begin;
     if (right.stored != nullptr) {
         const index_t apart = right.words() * panel_width<T>;
+        const bool told = right.told_ahead(rows);
         for (index_t q = first; q < last;) {
             const index_t count = last - q >= wanted ? wanted : 1;
             const word* const b = right.stored + q * apart + begin * panel_width<T>;
-            Ahead ahead{.panel = right.told_ahead(rows)};
-            if (rows > few_rows && !ahead.panel)
-                ahead =
-                    Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows, steps);
-            body(q, count, b, apart, ahead);
+            body(q, count, b, apart,
+                 told || rows <= few_rows
+                     ? Ahead{.panel = told}
+                     : Ahead::run(b + count * apart, count * steps * panel_width<T> * index_t{sizeof(word)}, rows,
+                                  steps));
             q += count;
         }
         return;
