@@ -4,45 +4,65 @@
 // Every element goes through the same vector code, whatever its place in a row (the last lanes are padded), so a
 // result depends on its input alone. The C library's exp is not vectorised and would take longer than the products.
 
-/// exp(x) for x <= 0, to about one unit in the last place; 0 where that would not be a normal number.
-/// The twin of exp_negative (lanes.hpp) for explicit vectors.
-///
-/// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its Taylor series, whose first left out term is below the
-/// rounding (r^8/8! < 6e-9, r^14/14! < 5e-18); 2^n through the exponent's bits.
+/// c[0] + c[1] x + ...: even and odd powers are added up side by side, for they wait for each other less.
+template <class T, std::size_t N>
+[[gnu::always_inline]] inline typename Simd<T>::vec polynomial(typename Simd<T>::vec x, const std::array<T, N>& c) {
+    constexpr int last = static_cast<int>(N) - 1;
+    using vec = typename Simd<T>::vec;
+    const vec square = x * x;
+    vec sum[2];  // of even powers, of odd ones
+    sum[last % 2] = vec{} + c[last];
+    sum[1 - last % 2] = vec{} + c[last - 1];
+#pragma GCC unroll 16
+    for (int i = last - 2; i >= 0; --i) sum[i % 2] = sum[i % 2] * square + c[static_cast<std::size_t>(i)];
+    return sum[1] * x + sum[0];
+}
+
+/// As far from 0 as exp_within goes: beyond, exp(x) or exp(-x) is no normal number.
 template <class T>
-[[gnu::always_inline]] inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
+inline constexpr T exp_range = sizeof(T) == 4 ? T(87) : T(708);
+
+/// exp(x) for |x| <= exp_range, to about one unit in the last place; of others, any number.
+///
+/// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by a polynomial, to whose exponent n is added.
+template <class T>
+[[gnu::always_inline]] inline typename Simd<T>::vec exp_within(typename Simd<T>::vec x) {
     using vec = typename Simd<T>::vec;
     using bits = typename Simd<T>::bits;
     constexpr bool single = sizeof(T) == 4;
-    constexpr int degree = single ? 7 : 13;
-    constexpr unsigned mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
+    constexpr unsigned mantissa = single ? 23 : 52;
     constexpr T round = single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa
     // ln 2 in two parts; the first has few enough bits that its product with n is exact.
     constexpr T ln2_high = single ? T(0.693359375) : T(0x1.62e4p-1);
     constexpr T ln2_low = T(0.69314718055994530941723212145818L - static_cast<long double>(ln2_high));
-    constexpr T lowest = single ? T(-87) : T(-708);
-    static constexpr auto inverse_factorials = cpu::detail::inverse_factorials<T, degree + 1>();
+    static constexpr auto series = cpu::detail::exp_series<T>();
 
     const vec shifted = x * T(1.44269504088896340736) + round;
     const vec n = shifted - round;
-    const vec r = (x - n * ln2_high) - n * ln2_low;
-    vec series = vec{} + inverse_factorials[degree];
-    for (std::size_t i = degree; i-- > 0;) series = series * r + inverse_factorials[i];
-    bits exponent;  // the low bits of `shifted` hold n
+    vec result = polynomial<T>((x - n * ln2_high) - n * ln2_low, series);
+    bits scaled, exponent;  // the low bits of `shifted` hold n
+    std::memcpy(&scaled, &result, sizeof result);
     std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent << mantissa) + ((bits{} + bias) << mantissa);
-    vec power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return x < vec{} + lowest ? vec{} : series * power;  // a NaN stays
+    scaled += exponent << mantissa;
+    std::memcpy(&result, &scaled, sizeof result);
+    return result;
+}
+
+/// exp(x) for x <= 0; 0 where that would not be a normal number. The twin of exp_negative (lanes.hpp).
+template <class T>
+[[gnu::always_inline]] inline typename Simd<T>::vec exp_nonpositive(typename Simd<T>::vec x) {
+    using vec = typename Simd<T>::vec;
+    return x < vec{} - exp_range<T> ? vec{} : exp_within<T>(x);
 }
 
 /// 1 / (1 + exp(-x)), without overflow on either side.
 template <class T>
 [[gnu::always_inline]] inline typename Simd<T>::vec logistic(typename Simd<T>::vec x) {
     using vec = typename Simd<T>::vec;
-    const vec one = vec{} + T(1);
-    const vec small = exp_nonpositive<T>(x < vec{} ? x : -x);
-    return (x < vec{} ? small : one) / (one + small);
+    vec most = vec{} + exp_range<T>;
+    in_register(most);  // of a constant g++ makes a comparison and a choice, not a minimum
+    const vec s = T(1) / (T(1) + exp_within<T>(-(x < most ? x : most)));
+    return x < -most ? vec{} : s;
 }
 
 /// The normal distribution's Phi(x) = erfc(-x / sqrt 2) / 2, exact to the C library's erfc.

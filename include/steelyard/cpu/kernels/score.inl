@@ -4,7 +4,7 @@ namespace part {
 /// exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
 ///
 /// x = n ln 2 + r, |r| <= ln(2) / 2. The product n ln 2 is rounded, or its constant is: an error that grows with x no
-/// faster than that of x itself, a difference of logits. exp(r) = 1 + r + r^2 (...) to 3.1e-9 (minimax).
+/// faster than that of x itself, a difference of logits.
 template <class T>
 [[gnu::always_inline]] inline typename Simd<T>::vec exp_score(typename Simd<T>::vec x) {
     static_assert(sizeof(T) == 4);
@@ -14,12 +14,10 @@ template <class T>
     const vec shifted = x * T(1.44269504088896340736) + round;
     const vec n = shifted - round;
     const vec r = x - n * T(0.693147180559945309417232);
-    vec series = r * T(0.0013814569683745503) + T(0.008368730545043945);
-    series = series * r + T(0.04166838899254799);
-    series = series * r + T(0.1666652113199234);
-    series = series * r + T(0.4999999403953552);
-    series = series * r + T(1);
-    series = series * r + T(1);
+    static constexpr auto c = cpu::detail::exp_series<T>();
+    vec series = vec{} + c[6];
+#pragma GCC unroll 8
+    for (int i = 5; i >= 0; --i) series = series * r + c[static_cast<std::size_t>(i)];
     bits scaled, exponent;
     std::memcpy(&scaled, &series, sizeof scaled);
     std::memcpy(&exponent, &shifted, sizeof exponent);
