@@ -39,6 +39,28 @@ TEST_CASE_TEMPLATE("the vector exp is within 2 ulp of the exact one", T, float, 
     CHECK(std::isnan(exp_at<T>(std::numeric_limits<T>::quiet_NaN())));
 }
 
+TEST_CASE_TEMPLATE("the normal distribution keeps its digits in the tail, and ends in 0 and 1", T, float, double) {
+    const long double epsilon = std::numeric_limits<T>::epsilon(), root = std::sqrt(0.5L);
+    const auto cdf = [](T x) {
+        typename cpu::Simd<T>::vec v = {};
+        return cpu::normal<T>(v + x).cdf[0];
+    };
+    CHECK(std::abs(cdf(T(0)) - T(0.5)) <= epsilon);
+    const T lowest = sizeof(T) == 4 ? T(-13) : T(-37);
+    for (int i = 0; i <= 20000; ++i) {
+        const T x = lowest * static_cast<T>(i / 20000.0);
+        CAPTURE(x);
+        const long double exact = std::erfc(-static_cast<long double>(x) * root) / 2;
+        CHECK(std::abs(cdf(x) - exact) <= (4 + static_cast<long double>(x * x)) * epsilon * exact);
+        CHECK(std::abs(cdf(-x) - (1 - exact)) <= epsilon);
+    }
+    for (const T far : {T(1e30), std::numeric_limits<T>::infinity()}) {
+        CHECK(cdf(-far) == T(0));
+        CHECK(cdf(far) == T(1));
+    }
+    CHECK(std::isnan(cdf(std::numeric_limits<T>::quiet_NaN())));
+}
+
 TEST_CASE_TEMPLATE("activations and slopes equal their formulas", T, float, double) {
     const long double tolerance = 8 * std::numeric_limits<T>::epsilon();
     for (int i = -2000; i <= 2000; ++i) {

@@ -31,8 +31,8 @@ using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
 
 namespace detail {
 
-/// c[i] such that exp(r) = c[0] + c[1] r + ... for |r| <= ln(2) / 2: to 3.1e-9 in float (minimax, with c[0] = c[1] = 1),
-/// to 5e-18 in double (Taylor).
+/// c[i] such that exp(r) = c[0] + c[1] r + ... for |r| <= ln(2) / 2: to 3.1e-9 in float (minimax, with c[0] = c[1] =
+/// 1), to 5e-18 in double (Taylor).
 template <class T>
 constexpr auto exp_series() {
     if constexpr (sizeof(T) == 4) {
@@ -78,7 +78,8 @@ inline T horner(T x, const std::array<T, N>& c) {
 
 /// exp(x) for x <= 0, within 2 units in the last place; 0 where the result would not be a normal number.
 ///
-/// x = n ln 2 + r with |r| <= ln(2) / 2; exp(r) by a polynomial. No branch and no call, so a loop over it is vectorised.
+/// x = n ln 2 + r with |r| <= ln(2) / 2; exp(r) by a polynomial. No branch and no call, so a loop over it is
+/// vectorised.
 template <class T>
 inline T exp_negative(T x) {
     constexpr bool single = sizeof(T) == 4;
