@@ -52,7 +52,7 @@ TEST_CASE_TEMPLATE("the normal distribution keeps its digits in the tail, and en
         CAPTURE(x);
         const long double exact = std::erfc(-static_cast<long double>(x) * root) / 2;
         CHECK(std::abs(cdf(x) - exact) <= (4 + static_cast<long double>(x * x)) * epsilon * exact);
-        CHECK(std::abs(cdf(-x) - (1 - exact)) <= epsilon);
+        CHECK(std::abs(cdf(-x) - (1 - exact)) <= 2 * epsilon);
     }
     for (const T far : {T(1e30), std::numeric_limits<T>::infinity()}) {
         CHECK(cdf(-far) == T(0));

@@ -144,8 +144,7 @@ TEST_CASE("gradients of logits go through products of the device's instruction s
             Matrix wanted_dx(tokens, width, 4), wanted_dweight(experts, width, 5);
             const auto jittered = [&](Matrix& rows) {
                 for (index_t t = 0; t < tokens; ++t)
-                    cpu::detail::jitter_row(noise, noise.jitter_stream(), t, width, 0, width, &rows.v(t, 0),
-                                            &rows.v(t, 0));
+                    cpu::jitter_row<float>(device, noise, {t, width, 0, width}, &rows.v(t, 0), &rows.v(t, 0));
             };
             if (jitter == 0.0) {
                 product.nn(dlogits, weight, wanted_dx, Write::add);

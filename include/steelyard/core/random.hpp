@@ -26,6 +26,10 @@ enum class Stream : std::uint32_t {
 /// thread count or another device draws the same numbers.
 class Philox {
 public:
+    static constexpr int rounds = 10;
+    static constexpr std::uint32_t factor_0 = 0xD2511F53u, factor_1 = 0xCD9E8D57u;
+    static constexpr std::uint32_t increment_0 = 0x9E3779B9u, increment_1 = 0xBB67AE85u;
+
     constexpr Philox(std::uint64_t seed, Stream stream, std::uint64_t step = 0, std::uint32_t layer = 0)
         : key_{static_cast<std::uint32_t>(seed) ^ (static_cast<std::uint32_t>(stream) * 0x9E3779B9u),
                static_cast<std::uint32_t>(seed >> 32) ^ (layer * 0x85EBCA6Bu)},
@@ -36,15 +40,15 @@ public:
         std::uint32_t c0 = static_cast<std::uint32_t>(index), c1 = static_cast<std::uint32_t>(index >> 32);
         std::uint32_t c2 = static_cast<std::uint32_t>(high_), c3 = static_cast<std::uint32_t>(high_ >> 32);
         std::uint32_t k0 = key_[0], k1 = key_[1];
-        for (int round = 0; round < 10; ++round) {
-            const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0;
-            const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c2;
+        for (int round = 0; round < rounds; ++round) {
+            const std::uint64_t p0 = std::uint64_t{factor_0} * c0;
+            const std::uint64_t p1 = std::uint64_t{factor_1} * c2;
             c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
             c1 = static_cast<std::uint32_t>(p1);
             c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
             c3 = static_cast<std::uint32_t>(p0);
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
+            k0 += increment_0;
+            k1 += increment_1;
         }
         return {c0, c1, c2, c3};
     }
@@ -68,6 +72,10 @@ public:
     [[nodiscard]] constexpr std::uint32_t below(std::uint64_t index, std::uint32_t bound) const {
         return static_cast<std::uint32_t>((std::uint64_t{words(index)[0]} * bound) >> 32);
     }
+
+    /// What all positions of the stream share: the key, and the upper half of the counter.
+    [[nodiscard]] constexpr std::array<std::uint32_t, 2> key() const { return {key_[0], key_[1]}; }
+    [[nodiscard]] constexpr std::uint64_t high() const { return high_; }
 
 private:
     std::uint32_t key_[2];

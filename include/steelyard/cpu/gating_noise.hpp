@@ -2,13 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 
 #include "steelyard/core/layout.hpp"
+#include "steelyard/cpu/draw.hpp"
 #include "steelyard/cpu/gating_rows.hpp"
 #include "steelyard/cpu/router_token.hpp"
 #include "steelyard/ops/gating_ops.hpp"
@@ -20,10 +19,10 @@ namespace cpu::detail {
 /// Scratch rows of one thread for the smooth load.
 template <class T>
 struct NoiseRows {
-    view<Bits<T>, 1> key;          // [E]
-    view<std::int64_t, 1> ranked;  // [E]
-    view<expert_t, 1> order;       // [E]
-    view<T, 1> sigma, draw, u;     // [E]
+    view<Bits<T>, 1> key;              // [E]
+    view<std::int64_t, 1> ranked;      // [E]
+    view<expert_t, 1> order;           // [E]
+    view<T, 1> sigma, draw, u, slope;  // [E]
 
     template <class Field>
     void fields(Field&& field, index_t experts) {
@@ -33,6 +32,7 @@ struct NoiseRows {
         field("sigma", sigma, experts);
         field("draw", draw, experts);
         field("u", u, experts);
+        field("slope", slope, experts);
     }
 };
 
@@ -46,13 +46,15 @@ struct noise_ops<Cpu> {
     }
 
     template <class T>
-    static void add_noise(const Cpu& device, const NoiseRule& rule, view<const T, 2> spread, view<T, 2> logits) {
+    static void add_noise(const Cpu& device, const NoiseRule& rule, view<const T, 2> spread, view<T, 2> logits,
+                          std::byte* scratch) {
         if (!rule.active()) return;
         const index_t experts = logits.extents[1];
-        const Philox stream = rule.draw.noise_stream();
-        cpu::detail::each_row(device, logits.extents[0], [&](index_t t, int) {
-            each_draw<T>(rule, stream, t, experts,
-                         [&](index_t i, T draw) { logits(t, i) += sigma_of(rule, spread, t, i) * draw; });
+        cpu::detail::each_row(device, logits.extents[0], [&](index_t t, int thread) {
+            const auto rows = rows_of<T>(scratch, thread, experts);
+            draw(device, rule, spread, t, rows);
+            T* const z = &logits(t, 0);
+            for (index_t i = 0; i < experts; ++i) z[i] += rows.sigma[i] * rows.draw[i];
         });
     }
 
@@ -65,15 +67,16 @@ struct noise_ops<Cpu> {
             if (!cpu::detail::valid_token(mask, t)) return std::fill(out, out + experts, T(0));
             if (rule.top_k >= experts) return std::fill(out, out + experts, T(1));
             const auto rows = rows_of<T>(scratch, thread, experts);
-            rank(rule, &logits(t, 0), experts, rows);
+            rank(rule, &logits(t, 0), rows);
             if (!rule.active()) {
                 std::fill(out, out + experts, T(0));
                 for (int k = 0; k < rule.top_k; ++k) out[rows.order[k]] = T(1);
                 return;
             }
-            distances(rule, spread, t, &logits(t, 0), experts, rows);
-            for (index_t i = 0; i < experts; ++i)
-                out[i] = T(0.5) * std::erfc(-rows.u[i] * T(0.70710678118654752440));
+            draw(device, rule, spread, t, rows);
+            distances(rule, &logits(t, 0), rows);
+            cpu::with_kernels(device.isa,
+                              [&](auto kernels) { kernels.template normal_cdf<T>(rows.u.data, experts, out); });
         });
     }
 
@@ -89,26 +92,32 @@ struct noise_ops<Cpu> {
                 return;
             }
             const auto rows = rows_of<T>(scratch, thread, experts);
+            T *const slope = rows.slope.data, *const u = rows.u.data;
+            const T *const n = rows.draw.data, *const sigma = rows.sigma.data;
+            draw(device, rule, view<const T, 2>(spread), t, rows);
             const bool with_load = dload.size() != 0 && rule.top_k < experts;
             if (with_load) {
-                rank(rule, &logits(t, 0), experts, rows);
-                distances(rule, view<const T, 2>(spread), t, &logits(t, 0), experts, rows);
-                for (index_t i = 0; i < experts; ++i) {
-                    const T density = T(0.39894228040143267794) * std::exp(T(-0.5) * rows.u[i] * rows.u[i]);
-                    const T slope = dload(t, i) * density / rows.sigma[i];  // by c_i; by z_m the opposite
-                    out[threshold(rule, rows, i)] -= slope;
-                    rows.draw[i] = slope;
+                rank(rule, &logits(t, 0), rows);
+                distances(rule, &logits(t, 0), rows);
+                const T* const du = &dload(t, 0);
+                for (index_t i = 0; i < experts; ++i)  // by c_i; by z_m the opposite
+                    slope[i] = du[i] * T(0.39894228040143267794) * cpu::exp_negative(T(-0.5) * u[i] * u[i]) / sigma[i];
+                T rest = 0;
+                for (index_t i = 0; i < experts; ++i) rest += slope[i];
+                for (int k = 0; k < rule.top_k && rule.without_itself; ++k) {
+                    const T own = slope[rows.order[k]];
+                    out[rows.order[rule.top_k]] -= own;
+                    rest -= own;
                 }
+                out[rows.order[rule.top_k - 1]] -= rest;
+            } else {
+                std::fill(slope, slope + experts, T(0));
+                std::fill(u, u + experts, T(0));
             }
             // z = c + sigma n, and u falls as sigma grows: dsigma = n dz - u slope, with all thresholds in dz.
-            const Philox stream = rule.draw.noise_stream();
-            each_draw<T>(rule, stream, t, experts, [&](index_t i, T draw) {
-                const T slope = with_load ? rows.draw[i] : T(0);
-                if (dspread != nullptr)
-                    dspread[i] = (draw * out[i] - (with_load ? rows.u[i] * slope : T(0))) * cpu::sigmoid(dspread[i]);
-                rows.draw[i] = slope;
-            });
-            for (index_t i = 0; i < experts; ++i) out[i] += rows.draw[i];
+            for (index_t i = 0; i < experts && dspread != nullptr; ++i)
+                dspread[i] = (n[i] * out[i] - u[i] * slope[i]) * cpu::sigmoid(dspread[i]);
+            for (index_t i = 0; i < experts; ++i) out[i] += slope[i];
         });
     }
 
@@ -119,50 +128,38 @@ private:
                                                 experts);
     }
 
+    /// sigma and n of token t.
     template <class T>
-    static T sigma_of(const NoiseRule& rule, const view<const T, 2>& spread, index_t t, index_t i) {
-        if (!spread.present()) return static_cast<T>(rule.sigma);
-        const T raw = spread(t, i);
-        return static_cast<T>(rule.floor) - cpu::log_sigmoid(-raw);  // softplus(r) = -log sigmoid(-r)
-    }
-
-    /// each(i, n_i) for the standard normal numbers of token t.
-    template <class T, class Each>
-    static void each_draw(const NoiseRule& rule, const Philox& stream, index_t t, index_t experts, Each&& each) {
-        for (index_t j = 0; j < experts; j += 4) {
-            const std::array<double, 4> draws = rule.draw.logit_noise(stream, rule.draw.position(t),
-                                                                      static_cast<std::uint64_t>(j / 4), experts);
-            for (index_t i = 0; i < std::min<index_t>(4, experts - j); ++i)
-                each(j + i, static_cast<T>(draws[static_cast<std::size_t>(i)]));
-        }
+    static void draw(const Cpu& device, const NoiseRule& rule, const view<const T, 2>& spread, index_t t,
+                     const cpu::detail::NoiseRows<T>& rows) {
+        const index_t experts = rows.sigma.extents[0];
+        cpu::noise_row<T>(device, rule.draw, {t, experts, 0, experts}, rows.draw.data);
+        if (!spread.present()) return std::fill(rows.sigma.data, rows.sigma.data + experts, static_cast<T>(rule.sigma));
+        const T* const raw = &spread(t, 0);
+        const T floor = static_cast<T>(rule.floor);
+        for (index_t i = 0; i < experts; ++i)
+            rows.sigma.data[i] = floor - cpu::log_sigmoid(-raw[i]);  // softplus(r) = -log sigmoid(-r)
     }
 
     /// order = the K + 1 best of z.
     template <class T>
-    static void rank(const NoiseRule& rule, const T* logits, index_t experts, const cpu::detail::NoiseRows<T>& rows) {
-        const index_t size = cpu::padded<T>(experts);
+    static void rank(const NoiseRule& rule, const T* logits, const cpu::detail::NoiseRows<T>& rows) {
+        const index_t experts = rows.sigma.extents[0], size = cpu::padded<T>(experts);
         for (index_t i = 0; i < experts; ++i) rows.key[i] = cpu::ordered(logits[i]);
         std::fill(rows.key.data + experts, rows.key.data + size, std::numeric_limits<cpu::Bits<T>>::min());
         cpu::detail::take_best(rows.key.data, size, index_t{rule.top_k} + 1, rows.order.data, rows.ranked.data);
     }
 
-    /// The expert that expert i has to pass.
+    /// u: how far each expert is above the one that it has to pass, the K-th or, if it is one of those and stays out
+    /// itself, the next.
     template <class T>
-    static index_t threshold(const NoiseRule& rule, const cpu::detail::NoiseRows<T>& rows, index_t i) {
-        if (rule.without_itself)
-            for (int k = 0; k < rule.top_k; ++k)
-                if (rows.order[k] == i) return rows.order[rule.top_k];
-        return rows.order[rule.top_k - 1];
-    }
-
-    template <class T>
-    static void distances(const NoiseRule& rule, const view<const T, 2>& spread, index_t t, const T* logits,
-                          index_t experts, const cpu::detail::NoiseRows<T>& rows) {
-        const Philox stream = rule.draw.noise_stream();
-        each_draw<T>(rule, stream, t, experts, [&](index_t i, T draw) {
-            rows.sigma[i] = sigma_of(rule, spread, t, i);
-            rows.u[i] = (logits[i] - logits[threshold(rule, rows, i)]) / rows.sigma[i] - draw;
-        });
+    static void distances(const NoiseRule& rule, const T* logits, const cpu::detail::NoiseRows<T>& rows) {
+        const auto distance = [&](index_t i, T from) {
+            rows.u.data[i] = (logits[i] - from) / rows.sigma.data[i] - rows.draw.data[i];
+        };
+        const T last = logits[rows.order[rule.top_k - 1]], next = logits[rows.order[rule.top_k]];
+        for (index_t i = 0; i < rows.sigma.extents[0]; ++i) distance(i, last);
+        for (int k = 0; k < rule.top_k && rule.without_itself; ++k) distance(rows.order[k], next);
     }
 };
 

@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "steelyard/core/bf16.hpp"
+#include "steelyard/core/random.hpp"
 #include "steelyard/core/view.hpp"
 #include "steelyard/cpu/caches.hpp"
 #include "steelyard/cpu/isa.hpp"

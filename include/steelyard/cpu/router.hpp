@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "steelyard/core/layout.hpp"
+#include "steelyard/cpu/draw.hpp"
 #include "steelyard/cpu/gemm.hpp"
 #include "steelyard/cpu/kernels.hpp"
 #include "steelyard/cpu/lowest_index.hpp"
@@ -17,18 +18,6 @@
 namespace steelyard {
 
 namespace cpu::detail {
-
-/// out[j] = x[j] * jitter factor, for columns [begin, end) of one token; `begin` is a multiple of 4.
-template <class T>
-void jitter_row(const RouterNoise& noise, const Philox& stream, index_t token, index_t width, index_t begin,
-                index_t end, const T* x, T* out) {
-    for (index_t j = begin; j < end; j += 4) {
-        const auto factors =
-            noise.jitter_factors(stream, noise.position(token), static_cast<std::uint64_t>(j / 4), width);
-        for (index_t i = 0; i < std::min<index_t>(4, end - j); ++i)
-            out[j - begin + i] = static_cast<T>(x[j - begin + i] * factors[static_cast<std::size_t>(i)]);
-    }
-}
 
 inline index_t tasks_of(index_t items, index_t block) { return (items + block - 1) / block; }
 
@@ -62,10 +51,9 @@ struct router_ops<Cpu> {
             const index_t first = task % cuts * at_once, columns = std::min(at_once, experts - first);
             view<const T, 2> input = x.slice(begin, begin + rows);
             if (noise.jitter != 0.0) {
-                const Philox stream = noise.jitter_stream();
                 const view<T, 2> copy(own.block, rows, width);
                 for (index_t t = 0; t < rows; ++t)
-                    cpu::detail::jitter_row(noise, stream, begin + t, width, 0, width, &input(t, 0), &copy(t, 0));
+                    cpu::jitter_row<T>(device, noise, {begin + t, width, 0, width}, &input(t, 0), &copy(t, 0));
                 input = copy;
             }
             const view<T, 2> out = tile(logits, begin, rows, first, columns);
@@ -75,7 +63,7 @@ struct router_ops<Cpu> {
                 Kernels::template logits<T>(input, weight.slice(first, first + columns), out,
                                             reinterpret_cast<T*>(own.gemm));
             });
-            if (noise.noise != 0.0) add_noise(noise, begin, first, experts, out);
+            if (noise.noise != 0.0) add_noise(device, noise, begin, first, experts, out);
         });
     }
 
@@ -187,14 +175,16 @@ private:
 
     /// For the token and the expert that `logits` begins with; the latter is a multiple of 4.
     template <class T>
-    static void add_noise(const RouterNoise& noise, index_t token, index_t expert, index_t experts, view<T, 2> logits) {
-        const Philox stream = noise.noise_stream();
+    static void add_noise(const Cpu& device, const RouterNoise& noise, index_t token, index_t expert, index_t experts,
+                          view<T, 2> logits) {
+        constexpr index_t at_once = 128;
+        T added[at_once];
+        const index_t count = logits.extents[1];
         for (index_t t = 0; t < logits.extents[0]; ++t)
-            for (index_t j = 0; j < logits.extents[1]; j += 4) {
-                const auto added = noise.logit_noise(stream, noise.position(token + t),
-                                                     static_cast<std::uint64_t>((expert + j) / 4), experts);
-                for (index_t i = 0; i < std::min<index_t>(4, logits.extents[1] - j); ++i)
-                    logits(t, j + i) += static_cast<T>(added[static_cast<std::size_t>(i)]);
+            for (index_t j = 0; j < count; j += at_once) {
+                const index_t here = std::min(at_once, count - j), begin = expert + j;
+                cpu::noise_row<T>(device, noise, {token + t, experts, begin, begin + here}, added);
+                for (index_t i = 0; i < here; ++i) logits(t, j + i) += added[i];
             }
     }
 
@@ -275,7 +265,6 @@ private:
     static void input_gradient(const Cpu& device, view<const T, 2> weight, const RouterNoise& noise,
                                view<const T, 2> dlogits, view<T, 2> dx, std::byte* scratch) {
         const index_t tokens = dlogits.extents[0], experts = dlogits.extents[1], width = weight.extents[1];
-        const Philox stream = noise.jitter_stream();
         cpu::parallel_for(device, cpu::detail::tasks_of(tokens, logits_block), [&](index_t task, int thread) {
             const Scratch<T> own(scratch, thread, width, experts);
             const index_t begin = task * logits_block, end = std::min(tokens, begin + logits_block);
@@ -288,7 +277,7 @@ private:
             cpu::gemm_nn<T>(dlogits.slice(begin, end), weight, block, cpu::Write::assign, own.gemm, device.isa);
             for (index_t t = begin; t < end; ++t) {
                 T* const row = &block(t - begin, 0);
-                cpu::detail::jitter_row(noise, stream, t, width, 0, width, row, row);
+                cpu::jitter_row<T>(device, noise, {t, width, 0, width}, row, row);
                 for (index_t j = 0; j < width; ++j) dx(t, j) += row[j];
             }
         });
@@ -301,7 +290,6 @@ private:
                                 std::byte* scratch) {
         const index_t tokens = x.extents[0], width = x.extents[1], experts = dlogits.extents[1];
         const index_t expert_tiles = cpu::detail::tasks_of(experts, expert_block);
-        const Philox stream = noise.jitter_stream();
         const index_t tasks = cpu::detail::tasks_of(width, width_block) * expert_tiles;
         cpu::parallel_for(device, tasks, [&](index_t task, int thread) {
             const Scratch<T> own(scratch, thread, width, experts);
@@ -318,8 +306,7 @@ private:
                         if (mask.present() && mask[t] == 0)
                             std::fill(to, to + columns, T(0));
                         else if (noise.jitter != 0.0)
-                            cpu::detail::jitter_row(noise, stream, t, width, column, column + columns, &x(t, column),
-                                                    to);
+                            cpu::jitter_row<T>(device, noise, {t, width, column, column + columns}, &x(t, column), to);
                         else
                             std::copy_n(&x(t, column), columns, to);
                     }

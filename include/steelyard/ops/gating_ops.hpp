@@ -23,7 +23,7 @@ struct NoiseRule {
 /// Noise and smooth load.
 ///
 ///  index_t scratch_bytes<T>(device, shape)
-///  void add_noise<T>(device, rule, spread[T,E] or absent, logits[T,E] (+=))
+///  void add_noise<T>(device, rule, spread[T,E] or absent, logits[T,E] (+=), scratch)
 ///      logits += sigma n.
 ///  void smooth_load<T>(device, rule, mask, spread or absent, logits (z), load[T,E] (=), scratch)
 ///      The chance that expert i is among the K best when its own noise is drawn again:

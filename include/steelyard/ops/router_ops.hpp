@@ -56,7 +56,14 @@ struct RouterNoise {
     }
 
     /// Position in the step's global batch of token t of this call.
-    [[nodiscard]] constexpr std::uint64_t position(index_t t) const { return static_cast<std::uint64_t>(step.token_offset + t); }
+    [[nodiscard]] constexpr std::uint64_t position(index_t t) const {
+        return static_cast<std::uint64_t>(step.token_offset + t);
+    }
+
+    /// Where in a stream the block of four is that begins with `element` of token t of this call.
+    [[nodiscard]] constexpr std::uint64_t block(index_t t, index_t elements, index_t element) const {
+        return position(t) * blocks(elements) + static_cast<std::uint64_t>(element / 4);
+    }
 
     /// Blocks of four that a row of `elements` takes.
     [[nodiscard]] static constexpr std::uint64_t blocks(index_t elements) {
@@ -75,16 +82,15 @@ struct RouterNoise {
         return factors;
     }
 
-    /// What is added to logits 4 * block to 4 * block + 3 of a token of `experts` logits (Box and Muller). A template, so
-    /// that it may be constexpr, and thereby every device's, although the functions of <cmath> are not.
+    /// What is added to logits 4 * block to 4 * block + 3 of a token of `experts` logits (Box and Muller). A template,
+    /// so that it may be constexpr, and thereby every device's, although the functions of <cmath> are not.
     template <class Real = double>
     [[nodiscard]] constexpr std::array<Real, 4> logit_noise(const Philox& stream, std::uint64_t position,
                                                             std::uint64_t block, index_t experts) const {
         const auto words = stream.words(position * blocks(experts) + block);
         std::array<Real, 4> added{};
         for (int i = 0; i < 4; i += 2) {
-            const Real unit =
-                (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1): the logarithm is finite
+            const Real unit = (static_cast<double>(words[i]) + 0.5) * 0x1.0p-32;  // in (0, 1): the logarithm is finite
             const Real radius = noise * std::sqrt(-2.0 * std::log(unit));
             const Real angle = 6.283185307179586476925 * 0x1.0p-32 * static_cast<double>(words[i + 1]);
             added[i] = radius * std::cos(angle);

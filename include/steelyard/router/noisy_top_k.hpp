@@ -97,7 +97,7 @@ struct NoisyTopK {
         const NoiseRule noise = rule_of(input, routing.logits.extents[1]);
         ops::template logits<T>(device, input.x, params.weight, RouterNoise{}, routing.logits, own.ops.data);
         const auto spread_of_tokens = raw_spread<T>(device, noise, params, input, own);
-        noise_ops<Device>::template add_noise<T>(device, noise, spread_of_tokens, routing.logits);
+        noise_ops<Device>::template add_noise<T>(device, noise, spread_of_tokens, routing.logits, own.ops.data);
         const index_t bad =
             ops::template select<T>(device, rule(), input.selection_bias, input.tokens.mask, routing, own.ops.data);
         if (bad >= 0) return refuse_logits(routing.logits, bad);

@@ -5,20 +5,6 @@
 // result depends on its input alone. The C library's exp and erfc are not vectorised and would take longer than the
 // products.
 
-/// c[0] + c[1] x + ...: even and odd powers are added up side by side, for they wait for each other less.
-template <class T, std::size_t N>
-[[gnu::always_inline]] inline typename Simd<T>::vec polynomial(typename Simd<T>::vec x, const std::array<T, N>& c) {
-    constexpr int last = static_cast<int>(N) - 1;
-    using vec = typename Simd<T>::vec;
-    const vec square = x * x;
-    vec sum[2];  // of even powers, of odd ones
-    sum[last % 2] = vec{} + c[last];
-    sum[1 - last % 2] = vec{} + c[last - 1];
-#pragma GCC unroll 16
-    for (int i = last - 2; i >= 0; --i) sum[i % 2] = sum[i % 2] * square + c[static_cast<std::size_t>(i)];
-    return sum[1] * x + sum[0];
-}
-
 /// As far from 0 as exp_within goes: beyond, exp(x) or exp(-x) is no normal number.
 template <class T>
 inline constexpr T exp_range = sizeof(T) == 4 ? T(87) : T(708);

@@ -9,6 +9,7 @@
 #include "steelyard/cpu/kernels/select_gradient.inl"
 #include "steelyard/cpu/kernels/router.inl"
 #include "steelyard/cpu/kernels/activation.inl"
+#include "steelyard/cpu/kernels/draw.inl"
 #include "steelyard/cpu/kernels/ffn_function.inl"
 #include "steelyard/cpu/kernels/format.inl"
 #include "steelyard/cpu/kernels/tile.inl"
@@ -23,4 +24,4 @@
 #endif
 
 /// The kernels that code outside calls, through with_kernels.
-struct Kernels : RowKernels, LogitsKernels, RouterKernels, ExpertKernels {};
+struct Kernels : RowKernels, LogitsKernels, RouterKernels, DrawKernels, ExpertKernels {};

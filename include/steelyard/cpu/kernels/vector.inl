@@ -83,6 +83,52 @@ template <class T>
     for (index_t i = 0; i < count; ++i) to[i] = part[i];
 }
 
+/// c[0] + c[1] x + ...: even and odd powers are added up side by side, for they wait for each other less.
+template <class T, std::size_t N>
+[[gnu::always_inline]] inline typename Simd<T>::vec polynomial(typename Simd<T>::vec x, const std::array<T, N>& c) {
+    constexpr int last = static_cast<int>(N) - 1;
+    using vec = typename Simd<T>::vec;
+    const vec square = x * x;
+    vec sum[2];  // of even powers, of odd ones
+    sum[last % 2] = vec{} + c[last];
+    sum[1 - last % 2] = vec{} + c[last - 1];
+#pragma GCC unroll 16
+    for (int i = last - 2; i >= 0; --i) sum[i % 2] = sum[i % 2] * square + c[static_cast<std::size_t>(i)];
+    return sum[1] * x + sum[0];
+}
+
+/// (a modulo 2^32) b. Spelled out, for there is one instruction for it, and g++ takes those of whole products.
+[[gnu::always_inline]] inline Simd<double>::bits multiply_low(Simd<double>::bits a, std::uint32_t b) {
+    const Simd<double>::bits factor = Simd<double>::bits{} + b;
+#if defined(__x86_64__)
+    if constexpr (kernel_isa >= Isa::avx2) {
+        asm("vpmuludq %1, %0, %0" : "+v"(a) : "v"(factor));
+        return a;
+    }
+    if constexpr (vector_bytes == 16) {
+        asm("pmuludq %1, %0" : "+x"(a) : "x"(factor));
+        return a;
+    }
+#endif
+    return (a & 0xFFFFFFFFu) * factor;
+}
+
+/// The square root, lane by lane. Spelled out likewise: g++ looks for negative numbers, one lane after the other.
+template <class T>
+[[gnu::always_inline]] inline typename Simd<T>::vec square_root(typename Simd<T>::vec x) {
+#if defined(__x86_64__)
+    if constexpr (kernel_isa >= Isa::avx2) {
+        if constexpr (sizeof(T) == 4)
+            asm("vsqrtps %0, %0" : "+v"(x));
+        else
+            asm("vsqrtpd %0, %0" : "+v"(x));
+        return x;
+    }
+#endif
+    for (int lane = 0; lane < Simd<T>::lanes; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+}
+
 /// The lanes' sum, in their order.
 template <class T>
 inline T sum_lanes(typename Simd<T>::vec v) {
