@@ -14,6 +14,7 @@
 #include "steelyard/cpu/assign_sinkhorn.hpp"
 #include "steelyard/cpu/lanes.hpp"
 #include "steelyard/cpu/lowest_index.hpp"
+#include "steelyard/cpu/nth_largest.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/cpu/router_token.hpp"
 #include "steelyard/ops/assign_ops.hpp"
@@ -85,7 +86,7 @@ struct assign_ops<Cpu> {
                 rows.key[e] = cpu::ordered(static_cast<double>(scores(t, e)) +
                                            (bias.present() ? static_cast<double>(bias[e]) : 0.0));
             std::fill(rows.key.data + experts, rows.key.data + size, std::numeric_limits<std::int64_t>::min());
-            cpu::detail::take_best(rows.key.data, size, top_k, &expert(t, 0), rows.ranked.data);
+            cpu::detail::take_best(device.isa, rows.key.data, size, top_k, &expert(t, 0), rows.ranked.data);
             return true;
         });
     }
@@ -100,10 +101,7 @@ struct assign_ops<Cpu> {
         const index_t tokens = logits.extents[0], experts = logits.extents[1];
         const auto s = place<ColumnRows>(scratch, tokens, std::max(1, device.threads));
         each_token(device, mask, expert, [&](index_t t, int) {
-            double highest = -std::numeric_limits<double>::infinity(), sum = 0.0;
-            for (index_t e = 0; e < experts; ++e) highest = std::max(highest, static_cast<double>(logits(t, e)));
-            for (index_t e = 0; e < experts; ++e) sum += std::exp(static_cast<double>(logits(t, e)) - highest);
-            s.log_sum[t] = highest + std::log(sum);
+            s.log_sum[t] = cpu::log_sum_exp<double>(&logits(t, 0), experts);
             std::fill_n(&expert(t, 0), experts, expert_t{-1});
             return true;
         });
@@ -113,18 +111,18 @@ struct assign_ops<Cpu> {
         const index_t take = fill.capacity(valid, experts);
         // Each expert by itself: column e of `expert` is its own until every token sorts its row.
         cpu::parallel_for(device, experts, [&](index_t e, int thread) {
-            std::int64_t* const key = &s.key(thread, 0);
-            std::int32_t* const order = &s.order(thread, 0);
+            std::int64_t *const key = &s.key(thread, 0), *const taken = &s.taken(thread, 0);
             for (index_t i = 0; i < valid; ++i) {
                 const index_t t = s.valid[i];
-                key[t] = cpu::ordered(static_cast<double>(logits(t, e)) - s.log_sum[t]);
-                order[i] = s.valid[i];
+                key[i] = cpu::ordered(static_cast<double>(logits(t, e)) - s.log_sum[t]);
             }
-            const auto before = [key](std::int32_t a, std::int32_t b) {
-                return key[a] != key[b] ? key[a] > key[b] : a < b;
-            };
-            if (take > 0 && take < valid) std::nth_element(order, order + take - 1, order + valid, before);
-            for (index_t i = 0; i < take; ++i) expert(order[i], e) = static_cast<expert_t>(e);
+            if (take == 0) return;
+            // All above the last that is taken, and the first of those that are its equals.
+            cpu::take_largest(key, valid, take, taken);
+            const std::int64_t last = taken[take - 1];
+            index_t equals = std::count(taken, taken + take, last);
+            for (index_t i = 0; i < valid; ++i)
+                if (key[i] > last || (key[i] == last && equals-- > 0)) expert(s.valid[i], e) = static_cast<expert_t>(e);
         });
         each_token(device, mask, expert, [&](index_t t, int) {
             expert_t* const row = &expert(t, 0);
@@ -279,13 +277,13 @@ private:
         view<double, 1> log_sum;      // [T]  log of the sum of exp(logits)
         view<std::int32_t, 1> valid;  // [T]
         view<std::int64_t, 2> key;    // [threads, T]
-        view<std::int32_t, 2> order;  // [threads, T]
+        view<std::int64_t, 2> taken;  // [threads, T]
         template <class Field>
         void fields(Field&& field, index_t tokens, int threads) {
             field("log_sum", log_sum, tokens);
             field("valid", valid, tokens);
             field("key", key, static_cast<index_t>(threads), tokens);
-            field("order", order, static_cast<index_t>(threads), tokens);
+            field("taken", taken, static_cast<index_t>(threads), tokens);
         }
     };
 

@@ -29,24 +29,7 @@ struct RowMath {
     }
     template <class T>
     static T log_sum_exp(view<const T, 1> row) {
-        const T* x = row.data;
-        const index_t n = row.extents[0];
-        T part[row_lanes<T>];
-        std::fill_n(part, row_lanes<T>, -std::numeric_limits<T>::infinity());
-        each_lane<T>(n, [&](index_t i, index_t l) { part[l] = x[i] > part[l] ? x[i] : part[l]; });
-        const T largest = fold_lanes(part, [](T a, T b) { return b > a ? b : a; });
-        std::fill_n(part, row_lanes<T>, T(0));
-        each_lane<T>(n, [&](index_t i, index_t l) { part[l] += exp_negative(x[i] - largest); });
-        return largest + std::log(fold_lanes(part, [](T a, T b) { return a + b; }));
-    }
-
-private:
-    template <class T, class Body>
-    static void each_lane(index_t n, Body&& body) {
-        index_t i = 0;
-        for (; i + row_lanes<T> <= n; i += row_lanes<T>)
-            for (index_t l = 0; l < row_lanes<T>; ++l) body(i + l, l);
-        for (index_t l = 0; i + l < n; ++l) body(i + l, l);
+        return cpu::log_sum_exp<T>(row.data, row.extents[0]);
     }
 };
 

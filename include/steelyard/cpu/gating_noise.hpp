@@ -67,7 +67,7 @@ struct noise_ops<Cpu> {
             if (!cpu::detail::valid_token(mask, t)) return std::fill(out, out + experts, T(0));
             if (rule.top_k >= experts) return std::fill(out, out + experts, T(1));
             const auto rows = rows_of<T>(scratch, thread, experts);
-            rank(rule, &logits(t, 0), rows);
+            rank(device, rule, &logits(t, 0), rows);
             if (!rule.active()) {
                 std::fill(out, out + experts, T(0));
                 for (int k = 0; k < rule.top_k; ++k) out[rows.order[k]] = T(1);
@@ -97,7 +97,7 @@ struct noise_ops<Cpu> {
             draw(device, rule, view<const T, 2>(spread), t, rows);
             const bool with_load = dload.size() != 0 && rule.top_k < experts;
             if (with_load) {
-                rank(rule, &logits(t, 0), rows);
+                rank(device, rule, &logits(t, 0), rows);
                 distances(rule, &logits(t, 0), rows);
                 const T* const du = &dload(t, 0);
                 for (index_t i = 0; i < experts; ++i)  // by c_i; by z_m the opposite
@@ -143,11 +143,12 @@ private:
 
     /// order = the K + 1 best of z.
     template <class T>
-    static void rank(const NoiseRule& rule, const T* logits, const cpu::detail::NoiseRows<T>& rows) {
+    static void rank(const Cpu& device, const NoiseRule& rule, const T* logits, const cpu::detail::NoiseRows<T>& rows) {
         const index_t experts = rows.sigma.extents[0], size = cpu::padded<T>(experts);
         for (index_t i = 0; i < experts; ++i) rows.key[i] = cpu::ordered(logits[i]);
         std::fill(rows.key.data + experts, rows.key.data + size, std::numeric_limits<cpu::Bits<T>>::min());
-        cpu::detail::take_best(rows.key.data, size, index_t{rule.top_k} + 1, rows.order.data, rows.ranked.data);
+        cpu::detail::take_best(device.isa, rows.key.data, size, index_t{rule.top_k} + 1, rows.order.data,
+                               rows.ranked.data);
     }
 
     /// u: how far each expert is above the one that it has to pass, the K-th or, if it is one of those and stays out

@@ -79,7 +79,7 @@ struct selector_ops<Cpu> {
             const index_t size = cpu::padded<T>(experts);
             for (index_t e = 0; e < experts; ++e) rows.key[e] = cpu::ordered(q[e]);
             std::fill(rows.key.data + experts, rows.key.data + size, std::numeric_limits<cpu::Bits<T>>::min());
-            cpu::detail::take_best(rows.key.data, size, experts, expert, rows.ranked.data);
+            cpu::detail::take_best(device.isa, rows.key.data, size, experts, expert, rows.ranked.data);
             for (index_t k = 0; k < experts; ++k) {
                 weight[k] = q[expert[k]];
                 if (!(weight[k] > T(0))) expert[k] = -1;

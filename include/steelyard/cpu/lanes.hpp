@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -144,6 +145,27 @@ inline T fold_lanes(T* part, Fold fold) {
     for (index_t half = row_lanes<T> / 2; half > 0; half /= 2)
         for (index_t l = 0; l < half; ++l) part[l] = fold(part[l], part[l + half]);
     return part[0];
+}
+
+/// Calls body(index, lane) for a row of any length.
+template <class T, class Body>
+inline void each_lane(index_t n, Body&& body) {
+    index_t i = 0;
+    for (; i + row_lanes<T> <= n; i += row_lanes<T>)
+        for (index_t l = 0; l < row_lanes<T>; ++l) body(i + l, l);
+    for (index_t l = 0; i + l < n; ++l) body(i + l, l);
+}
+
+/// log sum_i exp(x_i) of a row of any length, computed in Real.
+template <class Real, class T>
+inline Real log_sum_exp(const T* x, index_t n) {
+    Real part[row_lanes<Real>];
+    std::fill_n(part, row_lanes<Real>, -std::numeric_limits<Real>::infinity());
+    each_lane<Real>(n, [&](index_t i, index_t l) { part[l] = Real(x[i]) > part[l] ? Real(x[i]) : part[l]; });
+    const Real largest = fold_lanes(part, [](Real a, Real b) { return b > a ? b : a; });
+    std::fill_n(part, row_lanes<Real>, Real(0));
+    each_lane<Real>(n, [&](index_t i, index_t l) { part[l] += exp_negative(Real(x[i]) - largest); });
+    return largest + std::log(fold_lanes(part, [](Real a, Real b) { return a + b; }));
 }
 
 /// The largest of a padded row; the padding holds -infinity.

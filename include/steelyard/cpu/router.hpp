@@ -94,8 +94,9 @@ struct router_ops<Cpu> {
                           view<const std::uint8_t, 1> mask, const Routing<T>& routing, std::byte* scratch) {
         return each_block(device, cpu::SelectCall<T>{rule, bias, mask, routing, true}, scratch,
                           [&](const auto& rows, const T* logits, T* probs, expert_t* expert, T* weight) {
-                              return cpu::detail::select_token<T>(rule, bias.data, routing.logits.extents[1], rows,
-                                                                  logits, probs, expert, weight);
+                              return cpu::detail::select_token<T>(device.isa, rule, bias.data,
+                                                                  routing.logits.extents[1], rows, logits, probs,
+                                                                  expert, weight);
                           });
     }
 

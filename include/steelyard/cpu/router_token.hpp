@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "steelyard/core/layout.hpp"
+#include "steelyard/cpu/kernels.hpp"
 #include "steelyard/cpu/lanes.hpp"
 #include "steelyard/ops/router_ops.hpp"
 
@@ -49,9 +50,12 @@ struct SelectRows {
 /// A key of the lowest integer is no candidate; there are at least `count` candidates. Destroys the keys.
 /// `ranked` has room for `size` of them.
 template <class B>
-void take_best(B* key, index_t size, index_t count, expert_t* out, std::int64_t* ranked) {
-    constexpr index_t few = 48;  // beyond, sorting beats a scan for each
+void take_best(Isa isa, B* key, index_t size, index_t count, expert_t* out, std::int64_t* ranked) {
     constexpr std::int64_t none = std::numeric_limits<std::int64_t>::min();
+    // Few are found by a scan for each, many by the places of all; sorting is faster where there are many more.
+    const index_t few = std::clamp<index_t>(size / 6, 8, 48);
+    if (count > few && (size <= 256 || (size <= 1024 && count > size / 4)))
+        return with_kernels(isa, [&](auto kernels) { kernels.template take_by_place<B>(key, size, count, out); });
     if constexpr (sizeof(B) == 4) {
         // Key and index in one integer, so that one maximum finds the best and its lowest index, and none is equal.
         for (index_t j = 0; j < size; ++j) ranked[j] = (std::int64_t{key[j]} << 32) + (size - j);
@@ -161,7 +165,7 @@ void weigh_token(const SelectionRule& rule, const SelectRows<T>& rows, const T* 
 
 /// Routes one valid token. Returns whether its logits are all finite.
 template <class T>
-bool select_token(const SelectionRule& rule, const float* bias, index_t experts, const SelectRows<T>& rows,
+bool select_token(Isa isa, const SelectionRule& rule, const float* bias, index_t experts, const SelectRows<T>& rows,
                   const T* logits, T* probs, expert_t* expert, T* weight) {
     using B = Bits<T>;
     const index_t size = padded<T>(experts), top_k = rule.top_k;
@@ -185,14 +189,14 @@ bool select_token(const SelectionRule& rule, const float* bias, index_t experts,
         for (index_t g = 0; g < groups; ++g)
             group[g] = group_key<T>(key + g * members, members, rule.group_score, bias != nullptr, sigmoid_scores);
         std::fill(group + groups, group + padded<T>(groups), std::numeric_limits<B>::min());
-        take_best(group, padded<T>(groups), rule.kept_groups, rows.kept.data, rows.ranked.data);
+        take_best(isa, group, padded<T>(groups), rule.kept_groups, rows.kept.data, rows.ranked.data);
         std::fill(group, group + groups, B(0));
         for (index_t g = 0; g < rule.kept_groups; ++g) group[rows.kept.data[g]] = 1;
         for (index_t g = 0; g < groups; ++g)
             if (group[g] == 0) std::fill(key + g * members, key + (g + 1) * members, std::numeric_limits<B>::min());
     }
 
-    take_best(key, size, top_k, expert, rows.ranked.data);
+    take_best(isa, key, size, top_k, expert, rows.ranked.data);
     weigh_token(rule, rows, logits, probs, expert, top_k, weight);
     return finite;
 }

@@ -46,4 +46,32 @@ struct RouterKernels {
                        load_some<T>(out + j, n - j) + factor * part::exp_score<T>(load_some<T>(x + j, n - j) - shift),
                        n - j);
     }
+
+    /// The `count` best of `size` keys, a multiple of the lanes, best first, ties to the lowest index: each goes to its
+    /// place, which is how many are before it. A comparison of every pair, and no branch.
+    template <class B>
+    static void take_by_place(const B* key, index_t size, index_t count, expert_t* out) {
+        typedef B keys __attribute__((vector_size(vector_bytes)));
+        constexpr int lanes = vector_bytes / static_cast<int>(sizeof(B)), sets = lanes < 4 ? lanes : 4;
+        keys lane = {};
+        for (int l = 0; l < lanes; ++l) lane[l] = l;
+        for (index_t j = 0; j < size; j += lanes) {
+            keys here, sums[sets] = {};  // sums that don't wait for each other; a comparison that holds is -1
+            std::memcpy(&here, key + j, sizeof here);
+            const auto add = [&](index_t begin, index_t end, auto&& precedes) __attribute__((always_inline)) {
+                for (index_t i = begin; i < end; i += sets)
+#pragma GCC unroll 4
+                    for (int s = 0; s < sets; ++s) sums[s] -= precedes(keys{} + key[i + s], i + s);
+            };
+            add(0, j, [&](keys other, index_t) { return other >= here; });
+            add(j, j + lanes, [&](keys other, index_t i) {
+                return (other > here) | ((other == here) & (lane > keys{} + static_cast<B>(i - j)));
+            });
+            add(j + lanes, size, [&](keys other, index_t) { return other > here; });
+            keys before = {};
+            for (const keys& some : sums) before += some;
+            for (int l = 0; l < lanes; ++l)
+                if (before[l] < count) out[before[l]] = static_cast<expert_t>(j + l);
+        }
+    }
 };
