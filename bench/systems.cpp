@@ -96,6 +96,7 @@ void add(const std::string& name, const RouterT& router, const ExpertT& expert, 
     add("overflow: NextChoice", TopK{.k = 3}, ffn, NextChoice{.take = 2, .capacity = {.factor = 1.0}});
     add("expert: ClampedSwiGlu", top, ClampedSwiGlu{.hidden = hidden});
     add("expert: Mlp, ReLU", top, Mlp{.hidden = hidden, .activation = Activation::relu});
+    add("expert: Mlp, GELU", top, Mlp{.hidden = hidden, .activation = Activation::gelu});
     add("expert: Lora, rank 16", top, Lora{.rank = 16});
     add("expert: LoraSwiGlu, rank 16", top, LoraSwiGlu{.hidden = hidden, .rank = 16});
     add("expert: Mixed, 12 SwiGlu, zero, copy, 2 constant", top,

@@ -168,6 +168,19 @@ inline Real log_sum_exp(const T* x, index_t n) {
     return largest + std::log(fold_lanes(part, [](Real a, Real b) { return a + b; }));
 }
 
+/// row = softmax(row), of any length.
+template <class T>
+inline void softmax_row(T* row, index_t n) {
+    T part[row_lanes<T>];
+    std::fill_n(part, row_lanes<T>, -std::numeric_limits<T>::infinity());
+    each_lane<T>(n, [&](index_t i, index_t l) { part[l] = row[i] > part[l] ? row[i] : part[l]; });
+    const T largest = fold_lanes(part, [](T a, T b) { return b > a ? b : a; });
+    std::fill_n(part, row_lanes<T>, T(0));
+    each_lane<T>(n, [&](index_t i, index_t l) { part[l] += row[i] = exp_negative(row[i] - largest); });
+    const T inverse = T(1) / fold_lanes(part, [](T a, T b) { return a + b; });
+    for (index_t i = 0; i < n; ++i) row[i] *= inverse;
+}
+
 /// The largest of a padded row; the padding holds -infinity.
 template <class T>
 inline T row_max(const T* row, index_t padded_size) {

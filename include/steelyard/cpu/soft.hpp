@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <type_traits>
 
 #include "steelyard/core/layout.hpp"
 #include "steelyard/cpu/gemm.hpp"
+#include "steelyard/cpu/lanes.hpp"
 #include "steelyard/cpu/lowest_index.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/ops/soft_ops.hpp"
@@ -93,18 +95,43 @@ T inverse_norm(const T* row, index_t n, bool normalize) {
     return static_cast<T>(1.0 / std::sqrt(sum));
 }
 
-/// row = softmax(row) over `n` entries that are `stride` apart, for the entries that `valid` says; others become 0.
-template <class T, class Valid>
-void softmax(T* row, index_t n, index_t stride, Valid&& valid) {
-    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (index_t i = 0; i < n; ++i)
-        if (valid(i)) largest = std::max(largest, row[i * stride]);
-    for (index_t i = 0; i < n; ++i) {
-        T& at = row[i * stride];
-        at = valid(i) ? std::exp(at - largest) : T(0);
-        sum += at;
+/// Calls body(first column, number of them) for the columns of task `task`: row_lanes neighbours, whose rows are read
+/// once for all of them.
+template <class T, class Body>
+void column_task(index_t task, index_t columns, Body&& body) {
+    const index_t first = task * row_lanes<T>, here = columns - first;
+    if (here >= row_lanes<T>)
+        body(first, std::integral_constant<index_t, row_lanes<T>>{});
+    else
+        body(first, here);
+}
+template <class T>
+index_t column_tasks(index_t columns) {
+    return (columns + row_lanes<T> - 1) / row_lanes<T>;
+}
+
+/// Each of `count` neighbouring columns = its softmax over the valid rows; the others become 0.
+template <class T, class Count, class Valid>
+void softmax_columns(view<T, 2> matrix, index_t first, Count count, Valid&& valid) {
+    const index_t rows = matrix.extents[0];
+    T largest[row_lanes<T>], sum[row_lanes<T>] = {};
+    std::fill_n(largest, row_lanes<T>, -std::numeric_limits<T>::infinity());
+    for (index_t i = 0; i < rows; ++i) {
+        const T* const row = &matrix(i, first);
+        for (index_t l = 0; l < count && valid(i); ++l) largest[l] = row[l] > largest[l] ? row[l] : largest[l];
     }
-    for (index_t i = 0; i < n && sum > T(0); ++i) row[i * stride] /= sum;
+    for (index_t i = 0; i < rows; ++i) {
+        T* const row = &matrix(i, first);
+        if (!valid(i)) {
+            std::fill_n(row, index_t{count}, T(0));
+            continue;
+        }
+        for (index_t l = 0; l < count; ++l) sum[l] += row[l] = exp_negative(row[l] - largest[l]);
+    }
+    for (index_t i = 0; i < rows; ++i) {
+        T* const row = &matrix(i, first);
+        for (index_t l = 0; l < count && valid(i); ++l) row[l] /= sum[l];
+    }
 }
 
 }  // namespace cpu::detail::soft
@@ -141,15 +168,20 @@ struct soft_ops<Cpu> {
                 if (valid)
                     for (index_t p = 0; p < slots; ++p)
                         if (!std::isfinite(combine(t, p))) first_bad.report(t);
-                cpu::detail::soft::softmax(&combine(t, 0), slots, 1, [valid](index_t) { return valid; });
+                if (valid)
+                    cpu::softmax_row(&combine(t, 0), slots);
+                else
+                    std::fill_n(&combine(t, 0), slots, T(0));
             }
         });
         if (const index_t bad = first_bad.get(); bad >= 0) return bad;
-        cpu::parallel_for(device, all.count() * slots, [&](index_t task, int) {
-            const index_t s = task / slots, p = task % slots, from = all.begin(s), count = all.end(s) - from;
-            if (count == 0) return;
-            cpu::detail::soft::softmax(&dispatch(from, p), count, dispatch.strides[0],
-                                       [&](index_t i) { return all.valid(from + i); });
+        const index_t tasks = cpu::detail::soft::column_tasks<T>(slots);
+        cpu::parallel_for(device, all.count() * tasks, [&](index_t task, int) {
+            const index_t s = task / tasks, from = all.begin(s);
+            cpu::detail::soft::column_task<T>(task % tasks, slots, [&](index_t first, auto count) {
+                cpu::detail::soft::softmax_columns(dispatch.slice(from, all.end(s)), first, count,
+                                                   [&](index_t i) { return all.valid(from + i); });
+            });
         });
         return -1;
     }
@@ -206,17 +238,27 @@ struct soft_ops<Cpu> {
             index_t s = 0, from = 0, to = 0;
             all.block(task, s, from, to);
             for (index_t t = from; t < to; ++t) {
-                T mean = 0;
-                for (index_t p = 0; p < slots; ++p) mean += combine(t, p) * dcombine(t, p);
-                for (index_t p = 0; p < slots; ++p) dcombine(t, p) = combine(t, p) * (dcombine(t, p) - mean);
+                const T* const p = &combine(t, 0);
+                T* const dp = &dcombine(t, 0);
+                const T mean = cpu::row_dot<T>(p, dp, slots);
+                for (index_t i = 0; i < slots; ++i) dp[i] = p[i] * (dp[i] - mean);
             }
         });
-        cpu::parallel_for(device, all.count() * slots, [&](index_t task, int) {
-            const index_t s = task / slots, p = task % slots;
-            T mean = 0;
-            for (index_t t = all.begin(s); t < all.end(s); ++t) mean += dispatch(t, p) * ddispatch(t, p);
-            for (index_t t = all.begin(s); t < all.end(s); ++t)
-                dcombine(t, p) += dispatch(t, p) * (ddispatch(t, p) - mean);
+        const index_t tasks = cpu::detail::soft::column_tasks<T>(slots);
+        cpu::parallel_for(device, all.count() * tasks, [&](index_t task, int) {
+            const index_t s = task / tasks;
+            cpu::detail::soft::column_task<T>(task % tasks, slots, [&](index_t first, auto count) {
+                T mean[cpu::row_lanes<T>] = {};
+                for (index_t t = all.begin(s); t < all.end(s); ++t) {
+                    const T *const p = &dispatch(t, first), *const dp = &ddispatch(t, first);
+                    for (index_t l = 0; l < count; ++l) mean[l] += p[l] * dp[l];
+                }
+                for (index_t t = all.begin(s); t < all.end(s); ++t) {
+                    const T *const p = &dispatch(t, first), *const dp = &ddispatch(t, first);
+                    T* const out = &dcombine(t, first);
+                    for (index_t l = 0; l < count; ++l) out[l] += p[l] * (dp[l] - mean[l]);
+                }
+            });
         });
     }
 
