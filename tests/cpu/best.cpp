@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/instruction_sets.hpp"
-#include "steelyard/cpu/nth_largest.hpp"
+#include "steelyard/cpu/take_largest.hpp"
 #include "steelyard/cpu/router_token.hpp"
 
 using namespace steelyard;

@@ -14,7 +14,7 @@
 #include "steelyard/cpu/assign_sinkhorn.hpp"
 #include "steelyard/cpu/lanes.hpp"
 #include "steelyard/cpu/lowest_index.hpp"
-#include "steelyard/cpu/nth_largest.hpp"
+#include "steelyard/cpu/take_largest.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/cpu/router_token.hpp"
 #include "steelyard/ops/assign_ops.hpp"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -41,7 +40,7 @@ struct level_ops<Cpu> {
             }
             for (index_t g = 0; g < n.groups; ++g) {
                 T* const row = logits + g * n.members;
-                const T lift = outer.logits(t, g) - log_sum(row, n.members);
+                const T lift = outer.logits(t, g) - cpu::log_sum_exp<T>(row, n.members);
                 for (index_t j = 0; j < n.members; ++j) row[j] += lift;
                 for (index_t j = 0; j < n.members; ++j) probs[g * n.members + j] *= outer.probs(t, g);
             }
@@ -73,7 +72,7 @@ struct level_ops<Cpu> {
             if (!cpu::detail::valid_token(mask, t)) return;
             for (index_t g = 0; g < n.groups; ++g) {
                 const T* const row = &routing.logits(t, g * n.members);
-                const T all = log_sum(row, n.members);
+                const T all = cpu::log_sum_exp<T>(row, n.members);
                 outer.logits(t, g) = all;
                 for (index_t j = 0; j < n.members; ++j) inner.logits(t, g * n.members + j) = row[j] - all;
             }
@@ -140,14 +139,6 @@ private:
     static bool before(const T* logits, expert_t a, expert_t b) {
         const auto x = cpu::ordered(logits[a]), y = cpu::ordered(logits[b]);
         return x != y ? x > y : a < b;
-    }
-
-    template <class T>
-    static T log_sum(const T* row, index_t count) {
-        T highest = row[0], sum = 0;
-        for (index_t j = 1; j < count; ++j) highest = std::max(highest, row[j]);
-        for (index_t j = 0; j < count; ++j) sum += std::exp(row[j] - highest);
-        return highest + std::log(sum);
     }
 
     template <class T>

@@ -156,14 +156,20 @@ inline void each_lane(index_t n, Body&& body) {
     for (index_t l = 0; i + l < n; ++l) body(i + l, l);
 }
 
-/// log sum_i exp(x_i) of a row of any length, computed in Real.
+/// The largest of a row of any length, as a Real.
 template <class Real, class T>
-inline Real log_sum_exp(const T* x, index_t n) {
+inline Real largest_of(const T* x, index_t n) {
     Real part[row_lanes<Real>];
     std::fill_n(part, row_lanes<Real>, -std::numeric_limits<Real>::infinity());
     each_lane<Real>(n, [&](index_t i, index_t l) { part[l] = Real(x[i]) > part[l] ? Real(x[i]) : part[l]; });
-    const Real largest = fold_lanes(part, [](Real a, Real b) { return b > a ? b : a; });
-    std::fill_n(part, row_lanes<Real>, Real(0));
+    return fold_lanes(part, [](Real a, Real b) { return b > a ? b : a; });
+}
+
+/// log sum_i exp(x_i) of a row of any length, computed in Real.
+template <class Real, class T>
+inline Real log_sum_exp(const T* x, index_t n) {
+    const Real largest = largest_of<Real>(x, n);
+    Real part[row_lanes<Real>] = {};
     each_lane<Real>(n, [&](index_t i, index_t l) { part[l] += exp_negative(Real(x[i]) - largest); });
     return largest + std::log(fold_lanes(part, [](Real a, Real b) { return a + b; }));
 }
@@ -171,11 +177,8 @@ inline Real log_sum_exp(const T* x, index_t n) {
 /// row = softmax(row), of any length.
 template <class T>
 inline void softmax_row(T* row, index_t n) {
-    T part[row_lanes<T>];
-    std::fill_n(part, row_lanes<T>, -std::numeric_limits<T>::infinity());
-    each_lane<T>(n, [&](index_t i, index_t l) { part[l] = row[i] > part[l] ? row[i] : part[l]; });
-    const T largest = fold_lanes(part, [](T a, T b) { return b > a ? b : a; });
-    std::fill_n(part, row_lanes<T>, T(0));
+    const T largest = largest_of<T>(row, n);
+    T part[row_lanes<T>] = {};
     each_lane<T>(n, [&](index_t i, index_t l) { part[l] += row[i] = exp_negative(row[i] - largest); });
     const T inverse = T(1) / fold_lanes(part, [](T a, T b) { return a + b; });
     for (index_t i = 0; i < n; ++i) row[i] *= inverse;
