@@ -1,5 +1,6 @@
 #include "measure.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <iostream>
 #include <numeric>
@@ -111,7 +112,7 @@ private:
         for (int round = 0; round < rounds; ++round) {
             for (std::size_t i = 0; i < candidates.size(); ++i) {
                 auto& samples = result.measured[i].seconds;
-                if (round > 0 && samples.front() > too_slow * fastest) continue;
+                if (is_slow(samples, fastest)) continue;
                 result.limit.push_back(result.memory_bound ? read_gbytes_now(of.threads)
                                                            : peak_now(of.type, of.threads));
                 samples.push_back(seconds_of_sets(*candidates[i]->contender, of));
@@ -125,7 +126,12 @@ private:
         result.others = Busy().others_since(before);
     }
 
-    static constexpr double too_slow = 2.5;  // times the fastest: one sample is enough
+    /// Whether a contender needs no more samples: it takes more than 2.5 times what the fastest does. A short sample
+    /// may have been disturbed, so that takes three of them.
+    static bool is_slow(const std::vector<double>& samples, double fastest) {
+        const std::size_t enough = !samples.empty() && samples.front() > 0.05 ? 1 : 3;
+        return samples.size() >= enough && *std::min_element(samples.begin(), samples.end()) > 2.5 * fastest;
+    }
 
     const MeasureOptions& options_;
     Notes& notes_;

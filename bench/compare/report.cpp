@@ -117,7 +117,8 @@ constexpr const char* explanation =
     "the "
     "router's included, against the bandwidth of reading memory. Medians; ± is half the distance between the "
     "quartiles. "
-    "Contenders take turns; one that takes more than 2.5 times the fastest has one sample. train is forward + "
+    "Contenders take turns; one that takes more than 2.5 times the fastest has one sample, or three short ones. train "
+    "is forward + "
     "backward. "
     "others: the share of the processors' time that other programs had meanwhile; where it is not about 0, measure "
     "again.";
