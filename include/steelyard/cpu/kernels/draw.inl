@@ -170,15 +170,18 @@ private:
     template <class T>
     [[gnu::always_inline]] static void write(T* out, index_t j, index_t count, part::Double::vec v, const T* x) {
         using vec = typename part::AsDouble<T>::vec;
-        const index_t here = std::min<index_t>(part::Double::lanes, count - j);
-        if (here <= 0) return;
-        const std::size_t bytes = static_cast<std::size_t>(here) * sizeof(T);
+        const auto copy = [here = count - j](void* to, const void* from) {
+            if (here >= part::Double::lanes)
+                std::memcpy(to, from, sizeof(vec));
+            else if (here > 0)
+                std::memcpy(to, from, static_cast<std::size_t>(here) * sizeof(T));
+        };
         if (x != nullptr) {
             vec from = {};
-            here == part::Double::lanes ? std::memcpy(&from, x + j, sizeof from) : std::memcpy(&from, x + j, bytes);
+            copy(&from, x + j);
             v *= __builtin_convertvector(from, part::Double::vec);
         }
         const vec to = __builtin_convertvector(v, vec);
-        here == part::Double::lanes ? std::memcpy(out + j, &to, sizeof to) : std::memcpy(out + j, &to, bytes);
+        copy(out + j, &to);
     }
 };
