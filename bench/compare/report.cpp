@@ -112,16 +112,11 @@ nlohmann::json spread_json(const std::vector<double>& values) {
 
 constexpr const char* explanation =
     "Shares of the limit that binds the case, measured between the samples: peak, the operations against the "
-    "multiply-add "
-    "peak of the type (float, bf16 and int8 dot products) of all threads used; read, the bytes of the touched weights, "
-    "the "
-    "router's included, against the bandwidth of reading memory. Medians; ± is half the distance between the "
-    "quartiles. "
-    "Contenders take turns; one that takes more than 2.5 times the fastest has one sample, or three short ones. train "
-    "is forward + "
-    "backward. "
-    "others: the share of the processors' time that other programs had meanwhile; where it is not about 0, measure "
-    "again.";
+    "multiply-add peak of the type (float, bf16 and int8 dot products) of all threads used; read, the bytes of the "
+    "touched weights, the router's included, against the bandwidth of reading memory. Medians; ± is half the "
+    "distance between the quartiles. Contenders take turns; one that takes more than 2.5 times the fastest has one "
+    "sample, or three short ones. train is forward + backward. others: the share of the processors' time that other "
+    "programs had meanwhile; where it is not about 0, measure again.";
 
 }  // namespace
 

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "cpu/instruction_sets.hpp"
-#include "steelyard/cpu/take_largest.hpp"
 #include "steelyard/cpu/router_token.hpp"
+#include "steelyard/cpu/take_largest.hpp"
 
 using namespace steelyard;
 using steelyard::testing::instruction_sets;

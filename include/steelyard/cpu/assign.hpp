@@ -14,9 +14,9 @@
 #include "steelyard/cpu/assign_sinkhorn.hpp"
 #include "steelyard/cpu/lanes.hpp"
 #include "steelyard/cpu/lowest_index.hpp"
-#include "steelyard/cpu/take_largest.hpp"
 #include "steelyard/cpu/parallel.hpp"
 #include "steelyard/cpu/router_token.hpp"
+#include "steelyard/cpu/take_largest.hpp"
 #include "steelyard/ops/assign_ops.hpp"
 
 namespace steelyard {

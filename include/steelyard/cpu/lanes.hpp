@@ -174,13 +174,18 @@ inline Real log_sum_exp(const T* x, index_t n) {
     return largest + std::log(fold_lanes(part, [](Real a, Real b) { return a + b; }));
 }
 
+/// row = exp(row - highest), of any length; returns the sum. Padding of -infinity becomes 0.
+template <class T>
+inline T row_exp(T* row, index_t n, T highest) {
+    T part[row_lanes<T>] = {};
+    each_lane<T>(n, [&](index_t i, index_t l) { part[l] += row[i] = exp_negative(row[i] - highest); });
+    return fold_lanes(part, [](T a, T b) { return a + b; });
+}
+
 /// row = softmax(row), of any length.
 template <class T>
 inline void softmax_row(T* row, index_t n) {
-    const T largest = largest_of<T>(row, n);
-    T part[row_lanes<T>] = {};
-    each_lane<T>(n, [&](index_t i, index_t l) { part[l] += row[i] = exp_negative(row[i] - largest); });
-    const T inverse = T(1) / fold_lanes(part, [](T a, T b) { return a + b; });
+    const T inverse = T(1) / row_exp(row, n, largest_of<T>(row, n));
     for (index_t i = 0; i < n; ++i) row[i] *= inverse;
 }
 
@@ -192,19 +197,6 @@ inline T row_max(const T* row, index_t padded_size) {
     for (index_t i = row_lanes<T>; i < padded_size; i += row_lanes<T>)
         for (index_t l = 0; l < row_lanes<T>; ++l) part[l] = row[i + l] > part[l] ? row[i + l] : part[l];
     return fold_lanes(part, [](T a, T b) { return b > a ? b : a; });
-}
-
-/// row = exp(row - highest); returns the sum. The padding becomes 0.
-template <class T>
-inline T row_exp(T* row, index_t padded_size, T highest) {
-    T part[row_lanes<T>] = {};
-    for (index_t i = 0; i < padded_size; i += row_lanes<T>)
-        for (index_t l = 0; l < row_lanes<T>; ++l) {
-            const T e = exp_negative(row[i + l] - highest);
-            row[i + l] = e;
-            part[l] += e;
-        }
-    return fold_lanes(part, [](T a, T b) { return a + b; });
 }
 
 /// Sum of a[i] b[i] over a row of any length.

@@ -13,6 +13,13 @@
 
 namespace steelyard::cpu {
 
+namespace detail {
+
+/// Tasks of `block` items that cover all of them.
+inline index_t tasks_of(index_t items, index_t block) { return (items + block - 1) / block; }
+
+}  // namespace detail
+
 /// Calls `body(index_t task, int thread)` once for each task in [0, tasks); `thread` is in
 /// [0, device.threads) and no two calls run on the same `thread` at the same time, so it may index scratch.
 ///

@@ -113,7 +113,7 @@ private:
 
     /// Blocks of at least `sort_block` tokens, few enough for the prefix sum to cost little.
     static index_t sort_blocks(index_t tokens) { return std::min<index_t>((tokens + sort_block - 1) / sort_block, 64); }
-    static index_t tasks_of(index_t items) { return (items + row_block - 1) / row_block; }
+    static index_t tasks_of(index_t items) { return cpu::detail::tasks_of(items, row_block); }
     static index_t end_of(index_t task, index_t items) { return std::min(items, (task + 1) * row_block); }
 };
 

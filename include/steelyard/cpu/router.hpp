@@ -17,12 +17,6 @@
 
 namespace steelyard {
 
-namespace cpu::detail {
-
-inline index_t tasks_of(index_t items, index_t block) { return (items + block - 1) / block; }
-
-}  // namespace cpu::detail
-
 template <>
 struct router_ops<Cpu> {
     // Fixed cuts of the work: they never depend on the number of threads, but for those of logits, whose bits no cut

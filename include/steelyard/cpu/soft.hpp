@@ -105,10 +105,6 @@ void column_task(index_t task, index_t columns, Body&& body) {
     else
         body(first, here);
 }
-template <class T>
-index_t column_tasks(index_t columns) {
-    return (columns + row_lanes<T> - 1) / row_lanes<T>;
-}
 
 /// Each of `count` neighbouring columns = its softmax over the valid rows; the others become 0.
 template <class T, class Count, class Valid>
@@ -175,7 +171,7 @@ struct soft_ops<Cpu> {
             }
         });
         if (const index_t bad = first_bad.get(); bad >= 0) return bad;
-        const index_t tasks = cpu::detail::soft::column_tasks<T>(slots);
+        const index_t tasks = cpu::detail::tasks_of(slots, cpu::row_lanes<T>);
         cpu::parallel_for(device, all.count() * tasks, [&](index_t task, int) {
             const index_t s = task / tasks, from = all.begin(s);
             cpu::detail::soft::column_task<T>(task % tasks, slots, [&](index_t first, auto count) {
@@ -244,7 +240,7 @@ struct soft_ops<Cpu> {
                 for (index_t i = 0; i < slots; ++i) dp[i] = p[i] * (dp[i] - mean);
             }
         });
-        const index_t tasks = cpu::detail::soft::column_tasks<T>(slots);
+        const index_t tasks = cpu::detail::tasks_of(slots, cpu::row_lanes<T>);
         cpu::parallel_for(device, all.count() * tasks, [&](index_t task, int) {
             const index_t s = task / tasks;
             cpu::detail::soft::column_task<T>(task % tasks, slots, [&](index_t first, auto count) {

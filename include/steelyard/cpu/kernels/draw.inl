@@ -113,12 +113,6 @@ private:
     }
 };
 
-/// As many elements of T as a register has of double.
-template <class T>
-struct AsDouble {
-    typedef T vec __attribute__((vector_size(Double::lanes * sizeof(T))));
-};
-
 }  // namespace part
 
 /// What is drawn for the elements of a row: element j takes entry j % 4 of position first + j / 4 of the stream.
@@ -169,7 +163,7 @@ private:
     /// out[j] ... (=) v, times x[j] ... where there is one; j or more of them are beyond the row's end.
     template <class T>
     [[gnu::always_inline]] static void write(T* out, index_t j, index_t count, part::Double::vec v, const T* x) {
-        using vec = typename part::AsDouble<T>::vec;
+        using vec = typename AsDouble<T>::vec;
         const auto copy = [here = count - j](void* to, const void* from) {
             if (here >= part::Double::lanes)
                 std::memcpy(to, from, sizeof(vec));

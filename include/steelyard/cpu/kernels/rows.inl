@@ -56,7 +56,7 @@ template <class T, std::size_t Half = Simd<T>::lanes / 2>
 template <class T>
 [[gnu::always_inline]] inline typename Simd<double>::vec widen(const T* from) {
     typename Simd<double>::vec wide;
-    typedef T narrow __attribute__((vector_size(Simd<double>::lanes * sizeof(T))));
+    using narrow = typename AsDouble<T>::vec;
 #if defined(__x86_64__)
     if constexpr (sizeof(T) == 4 && vector_bytes > 16) {  // one instruction, which g++ 12 makes four of
         asm("vcvtps2pd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const char(*)[sizeof(narrow)]>(from)));

@@ -24,6 +24,12 @@ struct Simd<double> {
     static constexpr int lanes = vector_bytes / static_cast<int>(sizeof(double));
 };
 
+/// As many elements of T as a register has of double.
+template <class T>
+struct AsDouble {
+    typedef T vec __attribute__((vector_size(Simd<double>::lanes * sizeof(T))));
+};
+
 /// Keeps a vector in a register: the compiler may not read it from memory anew.
 template <class Vector>
 [[gnu::always_inline]] inline void in_register([[maybe_unused]] Vector& v) {
